@@ -1,0 +1,1 @@
+"""Sapwood: reinforcement post-training of language-model agents on token trees."""
