@@ -1,0 +1,140 @@
+"""One forward over a micro-batch: by the token tree, or by plain rows where a model can't be served by it.
+
+Both give the same numbers; the tree computes each distinct prefix once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapwood.models.heads import LogitTransform, score
+from sapwood.tree import TokenTree, TreeContext
+from sapwood.tree.attention import NAME, register
+from sapwood.types import Row
+
+#: RoPE kinds whose frequencies depend on the longest position of the call, so rows would change their neighbours.
+_CALL_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+_KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+def tree_obstacle(model: nn.Module) -> str | None:
+    """Why this model needs plain rows, or None if the token tree serves it."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} doesn't use transformers' attention interface"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - _KNOWN_LAYERS:
+        return f"it has {', '.join(sorted(layers - _KNOWN_LAYERS))} layers"
+    rope = _rope_kinds(
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    if rope & _CALL_DEPENDENT_ROPE:
+        return f"its {', '.join(sorted(rope & _CALL_DEPENDENT_ROPE))} rotary embedding depends on the longest row of the call"
+    if any(name.endswith("sinks") for name, _ in base.named_parameters()):
+        return "it has attention sinks"
+    if getattr(config, "output_router_logits", False):
+        return "its router loss counts every row's tokens"
+    return None
+
+
+def _rope_kinds(parameters: Any) -> set[str]:
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    kinds = {str(parameters.get("rope_type") or parameters.get("type") or "default")}
+    return kinds.union(*(_rope_kinds(value) for value in nested)) if nested else kinds
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model behind an optional PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def enable_tree(model: nn.Module) -> None:
+    """Route the model's attention through the token tree; without a tree argument it stays ordinary attention."""
+    register()
+    causal_lm(model).set_attn_implementation(NAME)
+
+
+def uses_tree(model: nn.Module) -> bool:
+    """Whether `enable_tree` was called."""
+    return causal_lm(model).config.get_text_config()._attn_implementation == NAME
+
+
+def hidden_states(model: nn.Module, tree: TokenTree, kernel: str = "auto") -> Tensor:
+    """Last hidden state of every node, [N, H], in one pass over the tree."""
+    base = causal_lm(model)
+    # A mask that is already four-dimensional is passed through unread: no N x N mask is ever made.
+    unread = torch.zeros(1, 1, 1, 1, device=tree.token_ids.device)
+    output = base.base_model(
+        input_ids=tree.token_ids[None],
+        position_ids=tree.positions[None],
+        attention_mask=unread,
+        use_cache=False,
+        tree=TreeContext(tree, kernel),
+    )
+    return output.last_hidden_state[0]
+
+
+def row_hidden_states(model: nn.Module, rows: Sequence[Row], device: torch.device | str) -> list[Tensor]:
+    """Last hidden state of every token of every row, [L, H] each, one padded call over plain rows."""
+    base = causal_lm(model)
+    longest = max(len(row.token_ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.token_ids)] = torch.from_numpy(row.token_ids)
+        mask[i, : len(row.token_ids)] = 1
+    output = base.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    return [output.last_hidden_state[i, : len(row.token_ids)] for i, row in enumerate(rows)]
+
+
+def forward_rows(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    device: torch.device | str = "cpu",
+    entropy: bool = True,
+    entropy_grad: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities [S] and entropies [S] of the rows' scored tokens, in row order (fp32).
+
+    Logits are divided by each row's temperature; the softmax is over the full vocabulary.
+    """
+    tree = TokenTree.of(rows, device)
+    base = causal_lm(model)
+    if uses_tree(model):
+        hidden = hidden_states(model, tree, kernel)[tree.score_node]
+    else:
+        hidden = _units_of_rows(row_hidden_states(model, rows, device), rows, tree)
+    logprobs, entropies = score(
+        base.get_output_embeddings(),
+        hidden,
+        tree.pair_unit,
+        tree.pair_target,
+        tree.unit_temperature,
+        LogitTransform.of(base.config.get_text_config()),
+        entropy,
+        entropy_grad,
+    )
+    unit_of_scored = tree.pair_unit[tree.scored_pair]
+    return logprobs[tree.scored_pair], None if entropies is None else entropies[unit_of_scored]
+
+
+def _units_of_rows(hidden: Sequence[Tensor], rows: Sequence[Row], tree: TokenTree) -> Tensor:
+    """[U, H]: each scored unit's hidden state, taken from every row that has it (their mean, so that gradients reach
+    all of them as they do one row at a time)."""
+    per_token = torch.cat(
+        [
+            h[torch.from_numpy(row.loss_mask[1:]).nonzero()[:, 0].to(h.device)]
+            for h, row in zip(hidden, rows, strict=True)
+        ]
+    )
+    unit = tree.pair_unit[tree.scored_pair]
+    count = torch.bincount(unit, minlength=len(tree.score_node))
+    total = per_token.new_zeros(len(tree.score_node), per_token.shape[1]).index_add(0, unit, per_token)
+    return total / count[:, None]
