@@ -1,1 +1,1 @@
-
+"""Pure tensor functions: advantages, losses, estimators. No state, no options objects, no I/O."""
