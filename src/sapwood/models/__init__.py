@@ -1,1 +1,1 @@
-
+"""Loading, adapters, heads and the forward that every pass shares."""
