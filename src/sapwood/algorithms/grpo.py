@@ -41,64 +41,70 @@ Key = tuple[int, int]  # (group, member)
 class GRPO(Algorithm):
     """Group-relative policy optimisation. The defaults are GRPO with DAPO's token-level aggregation."""
 
-    group_size: int = Field(8, description="attempts at each task; at least 2")
+    group_size: int = Field(default=8, description="attempts at each task; at least 2")
     baseline: Baseline = Field(
-        "mean", description="what a reward is compared with: mean of the group, or leave-one-out (RLOO)"
+        default="mean", description="what a reward is compared with: mean of the group, or leave-one-out (RLOO)"
     )
     scale_rewards: RewardScale = Field(
-        "group",
+        default="group",
         description="divide advantages by the standard deviation of the group or batch, or not (Dr. GRPO)",
     )
-    std_epsilon: float = Field(1e-4, gt=0.0, description="added to that standard deviation (a sample one, n - 1)")
+    std_epsilon: float = Field(
+        default=1e-4, gt=0.0, description="added to that standard deviation (a sample one, n - 1)"
+    )
     credit_level: Literal["trajectory", "turn"] = Field(
-        "trajectory",
+        default="trajectory",
         description="one advantage for all tokens, or one per turn from the rewards that follow it",
     )
-    gamma: float = Field(1.0, ge=0.0, le=1.0, description="discount per turn; needs credit_level: turn")
-    dynamic_sampling: bool = Field(False, description="leave out groups whose rewards are all equal (DAPO)")
+    gamma: float = Field(default=1.0, ge=0.0, le=1.0, description="discount per turn; needs credit_level: turn")
+    dynamic_sampling: bool = Field(default=False, description="leave out groups whose rewards are all equal (DAPO)")
     mask_truncated: bool = Field(
-        False, description="don't train on attempts that a budget cut short; they still count in their group"
+        default=False, description="don't train on attempts that a budget cut short; they still count in their group"
     )
 
     surrogate: Literal["clip", "cispo", "sapo"] = Field(
-        "clip", description="PPO's clipped ratio, CISPO's clipped weight, or SAPO's soft gate"
+        default="clip", description="PPO's clipped ratio, CISPO's clipped weight, or SAPO's soft gate"
     )
-    ratio_level: Level = Field("token", description="importance ratio per token, or per row (GSPO)")
-    clip_low: float = Field(0.2, gt=0.0, le=1.0, description="ratios below 1 - clip_low are clipped")
-    clip_high: float = Field(0.2, gt=0.0, description="ratios above 1 + clip_high are clipped (DAPO: 0.28)")
-    clip_dual: float | None = Field(None, description="largest ratio where the advantage is negative; None: unbounded")
-    sapo_temperature_pos: float = Field(1.0, gt=0.0, description="SAPO's gate where the advantage is positive")
-    sapo_temperature_neg: float = Field(1.05, gt=0.0, description="SAPO's gate elsewhere")
+    ratio_level: Level = Field(default="token", description="importance ratio per token, or per row (GSPO)")
+    clip_low: float = Field(default=0.2, gt=0.0, le=1.0, description="ratios below 1 - clip_low are clipped")
+    clip_high: float = Field(default=0.2, gt=0.0, description="ratios above 1 + clip_high are clipped (DAPO: 0.28)")
+    clip_dual: float | None = Field(
+        default=None, description="largest ratio where the advantage is negative; None: unbounded"
+    )
+    sapo_temperature_pos: float = Field(default=1.0, gt=0.0, description="SAPO's gate where the advantage is positive")
+    sapo_temperature_neg: float = Field(default=1.05, gt=0.0, description="SAPO's gate elsewhere")
     aggregation: Aggregation = Field(
-        "token",
+        default="token",
         description="mean over tokens (DAPO), over rows' means (GRPO), or by a constant length (Dr. GRPO)",
     )
     constant_length: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="divisor of aggregation: constant, in tokens per row; usually the longest reply allowed",
     )
 
-    kl_coef: float = Field(0.0, ge=0.0, description="weight of the KL divergence from the reference policy")
-    kl_estimator: KlEstimator = Field("k3", description="estimator of the KL divergence from samples")
-    kl_in: Literal["loss", "reward"] = Field("loss", description="add it to the loss, or take it from the reward")
+    kl_coef: float = Field(default=0.0, ge=0.0, description="weight of the KL divergence from the reference policy")
+    kl_estimator: KlEstimator = Field(default="k3", description="estimator of the KL divergence from samples")
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="add it to the loss, or take it from the reward"
+    )
     kl_ratio_weight: bool = Field(
-        True,
+        default=True,
         description="multiply the KL term of the loss by the importance ratio (unbiased gradient for k1 and k3)",
     )
-    entropy_coef: float = Field(0.0, ge=0.0, description="bonus on the mean entropy per token")
+    entropy_coef: float = Field(default=0.0, ge=0.0, description="bonus on the mean entropy per token")
 
-    epochs: int = Field(1, ge=1, description="passes over each batch of rollouts")
-    updates: int = Field(1, ge=1, description="optimiser steps that each pass is split into")
+    epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
+    updates: int = Field(default=1, ge=1, description="optimiser steps that each pass is split into")
 
     gap_correction: Literal["none", "token", "sequence"] = Field(
-        "none", description="weight tokens, or rows, by trainer over sampler probability"
+        default="none", description="weight tokens, or rows, by trainer over sampler probability"
     )
     gap_mode: GapMode = Field(
-        "truncate", description="weights outside of [gap_floor, gap_cap] are clamped, or set to 0"
+        default="truncate", description="weights outside of [gap_floor, gap_cap] are clamped, or set to 0"
     )
-    gap_cap: float = Field(2.0, ge=1.0, description="largest weight of the gap correction")
-    gap_floor: float | None = Field(None, ge=0.0, le=1.0, description="smallest weight of the gap correction")
+    gap_cap: float = Field(default=2.0, ge=1.0, description="largest weight of the gap correction")
+    gap_floor: float | None = Field(default=None, ge=0.0, le=1.0, description="smallest weight of the gap correction")
 
     @field_validator("group_size")
     @classmethod
