@@ -30,9 +30,7 @@ def tree_obstacle(model: nn.Module) -> str | None:
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - _KNOWN_LAYERS:
         return f"it has {', '.join(sorted(layers - _KNOWN_LAYERS))} layers"
-    rope = _rope_kinds(
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    )
+    rope = _rope_kinds(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if rope & _CALL_DEPENDENT_ROPE:
         return f"its {', '.join(sorted(rope & _CALL_DEPENDENT_ROPE))} rotary embedding depends on the longest row of the call"
     if any(name.endswith("sinks") for name, _ in base.named_parameters()):

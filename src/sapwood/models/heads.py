@@ -62,18 +62,9 @@ def score(
     """
     transform = transform or LogitTransform()
     if not len(hidden):
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(
-            0, dtype=torch.float32
-        ) if entropy else None
-    if (
-        _is_frozen_linear(head)
-        and transform == LogitTransform()
-        and hidden.requires_grad
-        and torch.is_grad_enabled()
-    ):
-        logprobs, entropies = _FrozenHead.apply(
-            head, hidden, pair_unit, pair_target, temperature, entropy_grad
-        )
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32) if entropy else None
+    if _is_frozen_linear(head) and transform == LogitTransform() and hidden.requires_grad and torch.is_grad_enabled():
+        logprobs, entropies = _FrozenHead.apply(head, hidden, pair_unit, pair_target, temperature, entropy_grad)
         return logprobs, entropies if entropy else None
     function: Callable[..., tuple[Tensor, Tensor]] = _chunk
     parts = []
@@ -95,12 +86,7 @@ def score(
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
-    return (
-        type(head) is nn.Linear
-        and not head.weight.requires_grad
-        and head.bias is None
-        and not head._forward_hooks
-    )
+    return type(head) is nn.Linear and not head.weight.requires_grad and head.bias is None and not head._forward_hooks
 
 
 def _chunks(head: nn.Module, units: int, pair_unit: Tensor) -> list[tuple[int, int, int, int]]:
@@ -173,9 +159,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         pair_unit, pair_target, temperature, mean, slope, weight = ctx.saved_tensors
         by_pair = grads[0] / temperature[pair_unit]
-        units = torch.zeros(len(mean), dtype=torch.float32, device=mean.device).index_add_(
-            0, pair_unit, by_pair
-        )
+        units = torch.zeros(len(mean), dtype=torch.float32, device=mean.device).index_add_(0, pair_unit, by_pair)
         out = -units[:, None] * mean.float()
         out.index_add_(0, pair_unit, weight[pair_target].float() * by_pair[:, None])
         if slope is not None and grads[1] is not None:

@@ -136,7 +136,9 @@ def _converted(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(f"can't write the model cache {target.parent} ({error.strerror}); set SAPWOOD_CACHE.") from error
+        raise ModelError(
+            f"can't write the model cache {target.parent} ({error.strerror}); set SAPWOOD_CACHE."
+        ) from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch, _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
@@ -172,7 +174,9 @@ def pick_device(asked: str) -> torch.device:
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"model.device: {asked!r}, but torch {torch.__version__} sees no CUDA device; use cpu or auto.")
+        raise ModelError(
+            f"model.device: {asked!r}, but torch {torch.__version__} sees no CUDA device; use cpu or auto."
+        )
     return torch.device(asked)
 
 
@@ -234,8 +238,10 @@ def find_adapter(path: Path) -> Path:
     for candidate in (path, path / "policy", *reversed(steps)):
         if (candidate / "adapter_config.json").is_file() or (candidate / "config.json").is_file():
             return candidate
-    raise ModelError(f"{path} holds no adapter or model (looked for adapter_config.json and config.json, also in "
-                     "policy/ and checkpoints/step_*/policy/).")
+    raise ModelError(
+        f"{path} holds no adapter or model (looked for adapter_config.json and config.json, also in "
+        "policy/ and checkpoints/step_*/policy/)."
+    )
 
 
 def load_policy(section: ModelSection, seed: int = 0) -> Policy:

@@ -1,0 +1,25 @@
+"""Learning-rate schedules as functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int, minimum: float = 0.0) -> float:
+    """The learning rate of step 1..total: linear warm-up to `peak`, then constant, linear or cosine to `minimum`.
+
+    The first step of a warm-up of w steps uses peak / w, and step w uses the peak.
+    """
+    if warmup and step <= warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    span = max(total - warmup, 1)
+    # The step after warm-up runs at the peak and the last one just above the minimum, never at it: a last step at a
+    # rate of zero would be a rollout wasted.
+    progress = (step - max(warmup, 1)) / span if warmup else (step - 1) / span
+    if schedule == "linear":
+        return minimum + (peak - minimum) * (1.0 - progress)
+    if schedule == "cosine":
+        return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    raise ValueError(f"unknown schedule {schedule!r}; known: constant, linear, cosine")
