@@ -1,0 +1,189 @@
+"""Single-turn tasks from a list of prompts and answers: a world that asks once and pays nothing itself.
+
+What a reply is worth is for the rewards to say (exact_match, format, length, a reward model ...).
+
+    env: {name: prompts, path: sums.jsonl}
+    env: {name: prompts, items: [{prompt: "1+1=", answer: "2"}, {prompt: "2+2=", answer: "4"}]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from sapwood.envs import Env, EnvFamily, Observation, Split, Step
+from sapwood.errors import ConfigError, DataError
+from sapwood.types import Message, Task
+
+_ROLES = ("system", "user", "assistant")
+
+
+class Prompts(EnvFamily):
+    """Prompts from a JSONL file (`path`) or from the recipe itself (`items`), each an object with a prompt.
+
+    A prompt is a string, or a list of {role, content} messages. All other fields of an object become the task's
+    metadata. Without `eval_path`, `eval_fraction` of the distinct prompts are held out, chosen by their content, so
+    that adding lines moves few of the others and repeated prompts never straddle the two splits.
+    """
+
+    path: Path | None = None
+    items: tuple[dict[str, Any], ...] = ()
+    eval_path: Path | None = None
+    eval_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    system: str | None = Field(default=None, description="a system message before every prompt")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Prompts:
+        if (self.path is None) == (not self.items):
+            raise ValueError("give either path (a JSONL file) or items (a list in the recipe)")
+        return self
+
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        """`count` tasks in an order drawn from the seed. Only training prompts repeat, once all of them were used.
+
+        Raises ConfigError where a split has too few prompts, DataError for a file or line that can't be read.
+        """
+        pool = self._split(split)
+        if not pool:
+            raise ConfigError(
+                f"env.prompts has no prompt for {split}: raise eval_fraction, set eval_path or give more prompts."
+            )
+        if split == "eval" and count > len(pool):
+            raise ConfigError(
+                f"env.prompts holds out {len(pool)} prompts, but {count} are asked for: lower eval.tasks."
+            )
+        rng = np.random.default_rng([seed, split == "eval"])
+        tasks: list[Task] = []
+        while len(tasks) < count:
+            lap = len(tasks) // len(pool)
+            for index in rng.permutation(len(pool))[: count - len(tasks)].tolist():
+                tasks.append(self._task(split, index, pool[index], lap))
+        return tasks
+
+    def make(self, task: Task) -> Env:
+        """An environment that asks the task's prompt and ends with the reply."""
+        return _Ask(task)
+
+    def describe(self) -> str:
+        """One line for headings."""
+        return f"prompts from {self.path.name}" if self.path is not None else f"{len(self.items)} prompts"
+
+    def _split(self, split: Split) -> tuple[_Item, ...]:
+        if self.path is None:
+            items = tuple(self._item(item, f"env.items[{i}]") for i, item in enumerate(self.items))
+        else:
+            items = self._file(self.path)
+        if self.eval_path is not None:
+            held_out = self._file(self.eval_path)
+            if split == "eval":
+                return held_out
+            unseen = {item.digest for item in held_out}
+            return tuple(item for item in items if item.digest not in unseen)
+        digests = sorted({item.digest for item in items})
+        wanted = round(len(digests) * self.eval_fraction)
+        # Few prompts still leave one to evaluate on, unless nothing was to be held out.
+        held = set(digests[: max(wanted, 1) if self.eval_fraction and len(digests) > 1 else wanted])
+        return tuple(item for item in items if (item.digest in held) == (split == "eval"))
+
+    def _file(self, path: Path) -> tuple[_Item, ...]:
+        return tuple(self._item(item, where) for item, where in _read(path))
+
+    def _item(self, item: Mapping[str, Any], where: str) -> _Item:
+        if self.prompt_field not in item:
+            fields = ", ".join(item) or "none"
+            raise DataError(f"{where}: no field {self.prompt_field!r} (fields: {fields}); set env.prompt_field.")
+        rest = {k: v for k, v in item.items() if k not in (self.prompt_field, self.answer_field)}
+        messages = _messages(item[self.prompt_field], f"{where}, field {self.prompt_field!r}")
+        if self.system is not None:
+            messages = (Message("system", self.system), *messages)
+        return _Item(messages, item.get(self.answer_field), rest)
+
+    def _task(self, split: Split, index: int, item: _Item, lap: int) -> Task:
+        name = f"{split}-{index}" + (f"-lap{lap}" if lap else "")
+        return Task(name, item.messages, item.answer, item.metadata)
+
+
+class _Item:
+    """One prompt. digest: of its messages, the identity by which splits are kept apart."""
+
+    def __init__(self, messages: tuple[Message, ...], answer: Any, metadata: dict[str, Any]) -> None:
+        self.messages, self.answer, self.metadata = messages, answer, metadata
+        content = json.dumps([[m.role, m.content] for m in messages])
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+
+
+class _Ask(Env):
+    """Asks once."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def start(self) -> Observation:
+        """The task's prompt."""
+        return Observation(self._task.prompt)
+
+    def step(self, reply: str) -> Step:
+        """End, whatever the reply."""
+        return Step(None, 0.0, terminated=True)
+
+
+def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(prompt, str) and prompt:
+        return (Message("user", prompt),)
+    if not isinstance(prompt, list) or not prompt:
+        raise DataError(f"{where}: a prompt must be a non-empty string or a list of messages, not {prompt!r}.")
+    messages = []
+    for i, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise DataError(f"{where}, message {i}: must be an object with role and content.")
+        if message.get("role") not in _ROLES:
+            raise DataError(f"{where}, message {i}: role is {message.get('role')!r}, not one of {', '.join(_ROLES)}.")
+        messages.append(Message(message["role"], message["content"]))
+    if messages[-1].role == "assistant":
+        raise DataError(f"{where}: the last message is the assistant's; the model's reply comes after the prompt.")
+    return tuple(messages)
+
+
+def _read(path: Path) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The objects of a JSONL file, each with its place for messages."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check env.path.") from error
+    return _read_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(8)
+def _read_version(path: Path, modified: int, size: int) -> tuple[tuple[dict[str, Any], str], ...]:
+    """As `_read`; a file is parsed once for as long as it doesn't change."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read as UTF-8 text: {error}.") from error
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+        if not isinstance(item, dict):
+            raise DataError(f"{where}: must be a JSON object, not {type(item).__name__}.")
+        items.append((item, where))
+    if not items:
+        raise DataError(f"{path}: no line holds a prompt.")
+    return tuple(items)
+
+
+PLUGIN = Prompts
