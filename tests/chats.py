@@ -40,8 +40,6 @@ STRICT = (
 _CORPUS = ["the lamp is on the table", "you are in a room", "system user assistant", "I guess the number 12345"] * 3
 _NAMES = ("begin_of_text", "im_start", "im_end", "start_header_id", "end_header_id", "eot_id")
 _SPECIALS = [f"<|{name}|>" for name in _NAMES]
-    f"<|{name}|>" for name in ("begin_of_text", "im_start", "im_end", "start_header_id", "end_header_id", "eot_id")
-]
 
 
 @lru_cache
