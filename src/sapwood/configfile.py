@@ -1,0 +1,336 @@
+"""Recipe files: YAML read with the line of every key, merged left to right, and errors turned into sentences.
+
+Merging: mappings merge key by key, anything else (lists too) replaces. Naming another plugin in `env`,
+`algorithm`, `engine` or an entry of `rewards` drops the options of the earlier one, because they belong to it;
+the sampling options of `engine` and the weight of a reward mean the same for all and stay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sapwood.engines import Sampling
+from sapwood.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+#: Sections that are the options of a named plugin, with the keys that outlive a change of the name.
+PLUGIN_SECTIONS: dict[str, frozenset[str]] = {
+    "env": frozenset(),
+    "algorithm": frozenset(),
+    "engine": frozenset(Sampling.model_fields),
+    "rewards": frozenset({"weight"}),
+}
+DEFAULT_NAMES = {"engine": "local"}
+#: Lists that an override may index before any file has set them.
+DEFAULT_LISTS: dict[str, list[Any]] = {"rewards": [{"name": "env"}], "trackers": []}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe as plain data. places: where each key was last set, e.g. "recipes/x.yaml line 12"."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    label: str = "recipe"
+
+    def place(self, path: KeyPath) -> str:
+        """Where `path`, or else the nearest key above it, was set."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.label
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and dates as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of an override. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read(path: Path) -> Source:
+    """Read one recipe file; a run folder stands for its recipe.yaml. Raises ConfigError."""
+    path = path / "recipe.yaml" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe{_nearest_file(path)}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (UTF-8); a recipe is YAML.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}.") from error
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        places: dict[KeyPath, str] = {}
+        _locate(node, (), str(path), places, frozenset())
+        data = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path} line {line}: not valid YAML: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}.") from error
+    finally:
+        loader.dispose()
+    if data is None:
+        raise ConfigError(f"{path}: the recipe is empty; it needs at least run, env and algorithm.")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections (run:, model: ...), not {_show(data)}.")
+    return Source(normalise(data), places, str(path))
+
+
+def _locate(
+    node: yaml.Node | None, path: KeyPath, file: str, places: dict[KeyPath, str], above: frozenset[int]
+) -> None:
+    """Record the line of every key and list entry; refuse a key given twice, as YAML would keep the last."""
+    if node is None or id(node) in above:
+        return
+    above = above | {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen and key.value != "<<":
+                name, earlier = dotted((*path, key.value)), seen[key.value]
+                raise ConfigError(f"{file} line {line}: {name} was already set on line {earlier}; keep one.")
+            seen[key.value] = line
+            places[(*path, key.value)] = f"{file} line {line}"
+            _locate(value, (*path, key.value), file, places, above)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            places[(*path, index)] = f"{file} line {item.start_mark.line + 1}"
+            _locate(item, (*path, index), file, places, above)
+
+
+def normalise(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Write out shorthands: `algorithm: grpo` is `algorithm: {name: grpo}`, and so for the other plugins."""
+    result = {str(key): value for key, value in data.items()}
+    for section in PLUGIN_SECTIONS:
+        value = result.get(section)
+        if section == "rewards" and isinstance(value, list | tuple):
+            result[section] = [{"name": item} if isinstance(item, str) else item for item in value]
+        elif section != "rewards" and isinstance(value, str):
+            result[section] = {"name": value}
+    return result
+
+
+def merge(base: Source, overlay: Source) -> Source:
+    """`overlay` on top of `base`."""
+    data = _merge(base.data, overlay.data, ())
+    return Source(data, {**base.places, **overlay.places}, f"{base.label} + {overlay.label}")
+
+
+def _merge(base: Any, overlay: Any, path: KeyPath) -> Any:
+    if not (isinstance(base, dict) and isinstance(overlay, dict)):
+        return overlay
+    if len(path) == (2 if path[:1] == ("rewards",) else 1) and path[0] in PLUGIN_SECTIONS:
+        section = str(path[0])
+        name = base.get("name", DEFAULT_NAMES.get(section))
+        if overlay.get("name", name) != name:
+            base = {key: value for key, value in base.items() if key in PLUGIN_SECTIONS[section]}
+    merged = dict(base)
+    for key, value in overlay.items():
+        merged[key] = _merge(base.get(key), value, (*path, key))
+    return merged
+
+
+def override(source: Source, texts: Sequence[str]) -> Source:
+    """Apply dotted overrides `key=value`; plugin names first, so that their order doesn't matter."""
+    parsed = [_parse_override(text) for text in texts]
+    parsed.sort(key=lambda item: not _names_plugin(item[0]))
+    for keys, value, text in parsed:
+        data = normalise(_overlay({**DEFAULT_LISTS, **source.data}, keys, value, text))
+        path = tuple(int(key) if key.isdigit() and keys[0] in DEFAULT_LISTS else key for key in keys)
+        overlay = Source(data, {path: f"override {text}"}, source.label)
+        merged = merge(source, overlay)
+        source = Source(merged.data, merged.places, source.label)
+    return source
+
+
+def _parse_override(text: str) -> tuple[list[str], Any, str]:
+    key, equals, value = text.partition("=")
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"override {text!r}: write it as section.key=value, e.g. optim.learning_rate=3e-5.")
+    try:
+        return keys, parse_value(value), text
+    except yaml.YAMLError as error:
+        example = """'engine.stop=["x"]'"""
+        raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it: {example}.") from error
+
+
+def _names_plugin(keys: Sequence[str]) -> bool:
+    return keys[0] in PLUGIN_SECTIONS and (len(keys) == 1 or keys[-1] == "name")
+
+
+def _overlay(base: Any, keys: Sequence[str], value: Any, text: str) -> Any:
+    """The overlay that sets `keys` to `value`; lists on the way are copied from `base`, one entry replaced."""
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if not isinstance(base, list):
+        return {head: _overlay(base.get(head) if isinstance(base, dict) else None, rest, value, text)}
+    if not head.isdigit() or int(head) > len(base):
+        entries = f"its entries are 0 to {len(base) - 1}" if base else "it is empty"
+        raise ConfigError(f"override {text!r}: {head!r} is no entry of the list; {entries}.")
+    items = [*base, {}] if int(head) == len(base) else list(base)
+    old = items[int(head)]
+    # Of all lists only `rewards` holds mappings, so a change of a name in one is the change of a plugin.
+    items[int(head)] = _merge(old, _overlay(old, rest, value, text), ("rewards", int(head)))
+    return items
+
+
+def explain(error: ValidationError, source: Source, prefix: KeyPath, model: type[BaseModel]) -> str:
+    """One sentence an error: file and line, dotted field, what was given, what is allowed.
+
+    model: what was validated; prefix: where it sits in the recipe.
+    """
+    sentences: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        location = _data_path(_at(source.data, prefix), item["loc"], item["type"])
+        path = (*prefix, *location)
+        sentence = _sentence(item, path, location, model)
+        place = source.place(path if location else _named_first(sentence, prefix, source))
+        given, middle, expected = f"{place}: {sentence}".partition("; it should be ")
+        if middle and given in sentences:  # the branches of a union, one error each
+            expected = f"{sentences[given].removesuffix('.')} or {expected}"
+        sentences[given] = expected
+    return "\n".join(f"{given}; it should be {rest}" if rest else given for given, rest in sentences.items())
+
+
+def _named_first(sentence: str, prefix: KeyPath, source: Source) -> KeyPath:
+    """The key that a check over several keys names first, as in "optim.warmup_steps (50) is more than ..."."""
+    word = re.match(r"[\w.]+", sentence)
+    path: KeyPath = tuple(word.group().split(".")) if word else ()
+    known = [candidate for candidate in (path, (*prefix, *path)) if candidate in source.places]
+    return known[0] if known else prefix
+
+
+def unknown_key(path: KeyPath, allowed: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """Sentence for a key that isn't one; `elsewhere`: dotted places of keys in other sections."""
+    key = str(path[-1])
+    where = f" in {dotted(path[:-1])}" if path[:-1] else ""
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {key!r}{where}; did you mean {near[0]!r}?"
+    if elsewhere and key in elsewhere:
+        return f"unknown key {key!r}{where}; did you mean {elsewhere[key]!r}?"
+    return f"unknown key {key!r}{where}; known are {', '.join(allowed) or 'none'}."
+
+
+def dotted(path: KeyPath) -> str:
+    """("optim", "betas", 0) as "optim.betas.0"."""
+    return ".".join(str(part) for part in path)
+
+
+def _sentence(item: Any, path: KeyPath, location: KeyPath, model: type[BaseModel]) -> str:
+    kind, message, name = item["type"], str(item["msg"]), dotted(path)
+    if kind == "extra_forbidden":
+        return unknown_key(path, _names(model, location[:-1]), _elsewhere(model))
+    if kind == "missing":
+        return f"{name} is missing."
+    if kind in ("value_error", "assertion_error"):
+        message = message.split(", ", 1)[1] if ", " in message else message
+        return message if message.endswith((".", "?")) else f"{message}."
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{name} is {_show(item['input'])}; it should be a mapping of keys and values."
+    expected = re.sub(r"^Input should be ", "", message)
+    expected = re.sub(r",? unable to (parse|interpret).*", "", expected)
+    expected = expected.replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    near = _nearest_choice(item)
+    return f"{name} is {_show(item['input'])}; it should be {expected}{near}."
+
+
+def _nearest_choice(item: Any) -> str:
+    if item["type"] not in ("literal_error", "enum") or not isinstance(item["input"], str):
+        return ""
+    choices = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
+    near = difflib.get_close_matches(item["input"], choices, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _at(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        data = data[part] if _has(data, part) else {}
+    return data
+
+
+def _has(data: Any, part: str | int) -> bool:
+    if isinstance(data, Mapping):
+        return part in data
+    return isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+
+
+def _data_path(data: Any, loc: Sequence[str | int], kind: str) -> KeyPath:
+    """A pydantic location without the tags it adds for unions, which are no keys of the data."""
+    path: list[str | int] = []
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if _has(data, part):
+            data = data[part]
+        elif not (last and kind == "missing"):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _names(model: type[BaseModel], location: KeyPath) -> list[str]:
+    """Names of the keys at `location` below `model`."""
+    found: type[BaseModel] | None = model
+    for part in location:
+        info = found.model_fields.get(str(part)) if found else None
+        found = _model_in(info.annotation) if info else None
+    return sorted(found.model_fields) if found else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    models = (item for item in options if isinstance(item, type) and issubclass(item, BaseModel))
+    return next(models, None)
+
+
+def _elsewhere(model: type[BaseModel]) -> dict[str, str]:
+    """Keys of the sections below `model`, with their dotted names; those that only one section has."""
+    found: dict[str, str] = {}
+    for section, info in model.model_fields.items():
+        below = _model_in(info.annotation)
+        for name in below.model_fields if below else ():
+            found[name] = "" if name in found else f"{section}.{name}"
+    return {name: path for name, path in found.items() if path}
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, [name for name in names if name.endswith((".yaml", ".yml"))], n=1)
+    return f"; did you mean {str(folder / near[0])!r}?" if near else ""

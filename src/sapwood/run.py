@@ -1,0 +1,339 @@
+"""The run folder: what ran, what it measured, what it sampled. Never written twice.
+
+    recipe.yaml  environment.json            the resolved recipe; versions, hardware, commit
+    metrics.jsonl                            one line a record, without wall-clock: equal runs give equal bytes
+    timing.jsonl                             seconds and rates, apart for that reason
+    samples/step_000010.jsonl.gz             every rollout of the step
+    logs/training_*.log  tensorboard/  plots/training.png
+
+JSON has no NaN: a number that isn't finite is written as null and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sapwood.config import Recipe, dump_recipe, load_recipe
+from sapwood.environment import describe
+from sapwood.errors import MissingExtra, StorageError
+from sapwood.types import Group, Ids, Row, Trajectory, Turn
+
+logger = logging.getLogger("sapwood")
+
+
+class Run:
+    """An open run folder. Use `Run.create` for training and `Run.open` to read one; close it, or use `with`."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.dir = folder
+        self.recipe = recipe
+        self._files: dict[str, io.FileIO] = {}
+        self._handler: logging.Handler | None = None
+        self._tensorboard: Any = None
+
+    @staticmethod
+    def create(recipe: Recipe) -> Run:
+        """Make the folder `run.dir` and write recipe and environment. Raises StorageError if it exists already."""
+        if "tensorboard" in recipe.trackers and importlib.util.find_spec("tensorboard") is None:
+            raise MissingExtra("tensorboard", "tensorboard", "the tracker 'tensorboard'")
+        folder = recipe.run.dir
+        with writing(folder):
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise StorageError(
+                    f"{folder}: already exists and a run is never overwritten; choose another folder, "
+                    f"e.g. run.dir={free_name(folder)}."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+        run = Run(folder, recipe)
+        run.write_text("recipe.yaml", dump_recipe(recipe))
+        facts = {**describe(), "seed": recipe.run.seed}
+        run.write_text("environment.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        run._start_log()
+        if "tensorboard" in recipe.trackers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        return run
+
+    @staticmethod
+    def open(folder: Path) -> Run:
+        """An existing run, to read. Raises StorageError where the folder isn't a run."""
+        if not (folder / "recipe.yaml").is_file():
+            raise StorageError(f"{folder}: not a run folder, it has no recipe.yaml.")
+        return Run(folder, load_recipe(folder))
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. What was logged is on disk already."""
+        for file in self._files.values():
+            with writing(self.dir):
+                file.close()
+        self._files.clear()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._handler is not None:
+            for name in _LOGGERS:
+                logging.getLogger(name).removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder, its parent created."""
+        path = self.dir.joinpath(*parts)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a small file whole: readers see the old content or all of the new one."""
+        return self._write_bytes(self.path(name), text.encode())
+
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a record to metrics.jsonl. Values: numbers, or 0-d arrays and tensors; keep wall-clock out."""
+        record = {name: _plain(value) for name, value in metrics.items()}
+        self._append("metrics.jsonl", {"step": step, **record})
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def log_timing(self, step: int, timing: Mapping[str, Any]) -> None:
+        """Append seconds and rates to timing.jsonl."""
+        self._append("timing.jsonl", {"step": step, **{name: _plain(value) for name, value in timing.items()}})
+
+    def save_samples(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        rows: Sequence[Row] = (),
+        decode: Callable[[Ids], str] | None = None,
+    ) -> Path:
+        """Write every trajectory, a line each, to samples/step_NNNNNN.jsonl.gz.
+
+        rows: those made from the groups; their advantages are added turn by turn. decode: token ids to text, for
+        the prompts; without it only their token counts are written. Equal samples give equal bytes.
+        """
+        advantages = _advantages(rows)
+        prompts = _Prompts(decode)
+        buffer = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
+            for g, group in enumerate(groups):
+                for i, trajectory in enumerate(group.trajectories):
+                    record = {"step": step, "group": g, "member": i, **_trajectory(trajectory, prompts)}
+                    for t, turn in enumerate(record["turns"]):
+                        turn["advantages"] = advantages.get((g, i, t))
+                    packed.write((_dumps(record) + "\n").encode())
+        return self._write_bytes(self.path("samples", f"step_{step:06d}.jsonl.gz"), buffer.getvalue())
+
+    def plot(self) -> Path | None:
+        """Draw plots/training.png from metrics.jsonl; None where nothing has been logged."""
+        from sapwood.plots import training_figure
+
+        metrics = self.dir / "metrics.jsonl"
+        records = read_metrics(metrics) if metrics.is_file() else []
+        if not records:
+            return None
+        buffer = io.BytesIO()
+        training_figure(records, title=self.dir.name).savefig(buffer, format="png", dpi=120)
+        return self._write_bytes(self.path("plots", "training.png"), buffer.getvalue())
+
+    def _write_bytes(self, path: Path, content: bytes) -> Path:
+        aside = path.with_name(path.name + ".part")
+        with writing(path):
+            try:
+                with open(aside, "wb") as file:
+                    file.write(content)
+                os.replace(aside, path)
+            except OSError:
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    aside.unlink(missing_ok=True)
+                raise
+        return path
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        path = self.path(name)
+        with writing(path):
+            if name not in self._files:
+                self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by `close`)
+            _write_line(self._files[name], (_dumps(record) + "\n").encode())
+
+    def _start_log(self) -> None:
+        path = self.path("logs", f"training_{time.strftime('%Y%m%d_%H%M%S')}.log")
+        with writing(path):
+            handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.captureWarnings(True)
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(handler)
+        logger.setLevel(logging.INFO)
+        self._handler = handler
+
+
+_LOGGERS = ("sapwood", "py.warnings")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl or timing.jsonl; null reads as NaN.
+
+    A last line cut short, as a full disk or a killed process leaves it, is left out. Raises StorageError for any
+    other line that isn't JSON, and for a file that can't be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StorageError(f"{path}: can't be read: {error.strerror}.") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise StorageError(f"{path} line {number}: not a JSON record.") from error
+        records.append({name: math.nan if value is None else value for name, value in record.items()})
+    return records
+
+
+def free_name(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3 ... that doesn't exist."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError below into a StorageError that names the path and the fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{path}: the disk is full{_free(path)}; free some space. {_KEPT}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"{path}: no permission to write; choose another run.dir.") from error
+        raise StorageError(f"{path}: can't be written: {error.strerror or error}. {_KEPT}") from error
+
+
+_KEPT = "What was written before stays readable."
+
+
+def _free(path: Path) -> str:
+    existing = next((parent for parent in (path, *path.parents) if parent.exists()), None)
+    if existing is None:
+        return ""
+    try:
+        return f" ({shutil.disk_usage(existing).free / 2**20:.0f} MiB left)"
+    except OSError:
+        return ""
+
+
+def _write_line(file: io.FileIO, line: bytes) -> None:
+    """Write all of `line` or, where the disk refuses, none of it."""
+    start = file.seek(0, os.SEEK_END)
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with contextlib.suppress(OSError):  # a torn last line is tolerated by `read_metrics`
+            file.truncate(start)
+        raise
+
+
+class _Prompts:
+    """Decoded prompts, each distinct one once: the members of a group share theirs."""
+
+    def __init__(self, decode: Callable[[Ids], str] | None) -> None:
+        self._decode = decode
+        self._known: dict[bytes, str] = {}
+
+    def __call__(self, ids: Ids) -> str | None:
+        if self._decode is None:
+            return None
+        key = ids.tobytes()
+        if key not in self._known:
+            self._known[key] = self._decode(ids)
+        return self._known[key]
+
+
+def _trajectory(trajectory: Trajectory, prompts: _Prompts) -> dict[str, Any]:
+    return {
+        "task": trajectory.task.id,
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "error": trajectory.error,
+        "info": trajectory.info,
+        "turns": [_turn(turn, prompts) for turn in trajectory.turns],
+    }
+
+
+def _turn(turn: Turn, prompts: _Prompts) -> dict[str, Any]:
+    return {
+        "prompt": prompts(turn.prompt_ids),
+        "prompt_tokens": len(turn.prompt_ids),
+        "reply": turn.text,
+        "token_ids": turn.token_ids.tolist(),
+        "sampled_logprobs": [round(float(value), 6) for value in turn.sampled_logprobs],
+        "stop_reason": str(turn.stop_reason),
+        "reward": turn.reward,
+        "restart": turn.restart,
+        "info": dict(turn.info),
+    }
+
+
+def _advantages(rows: Sequence[Row]) -> dict[tuple[int, int, int], list[float]]:
+    """Advantages of the scored tokens by (group, member, turn)."""
+    found: dict[tuple[int, int, int], list[float]] = {}
+    for row in rows:
+        if row.advantages is None:
+            continue
+        for turn, value in zip(row.turn.tolist(), row.advantages.tolist(), strict=True):
+            found.setdefault((row.group, row.member, turn), []).append(round(value, 6))
+    return found
+
+
+def _dumps(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: 0-d arrays and tensors as numbers, arrays as lists, anything else as text."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    convert = getattr(value, "tolist", None)
+    return _finite(convert()) if convert else str(value)
