@@ -32,7 +32,8 @@ def tree_obstacle(model: nn.Module) -> str | None:
         return f"it has {', '.join(sorted(layers - _KNOWN_LAYERS))} layers"
     rope = _rope_kinds(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if rope & _CALL_DEPENDENT_ROPE:
-        return f"its {', '.join(sorted(rope & _CALL_DEPENDENT_ROPE))} rotary embedding depends on the longest row of the call"
+        kinds = ", ".join(sorted(rope & _CALL_DEPENDENT_ROPE))
+        return f"its {kinds} rotary embedding depends on the longest row of the call"
     if any(name.endswith("sinks") for name, _ in base.named_parameters()):
         return "it has attention sinks"
     if getattr(config, "output_router_logits", False):

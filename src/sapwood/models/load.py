@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ class LoraSection(Protocol):
     rank: int
     alpha: float | None
     dropout: float
-    target_modules: str | list[str]
+    target_modules: str | Sequence[str]
 
 
 class ModelSection(Protocol):
@@ -142,8 +142,8 @@ def _converted(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch, _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights are dequantised: saved as what they are
-        model.hf_quantizer = None
+            delattr(model.config, "quantization_config")  # the weights are dequantised: saved as what they are
+        setattr(model, "hf_quantizer", None)  # noqa: B010  (transformers' stubs know no such attribute)
         folder = Path(scratch) / name
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
@@ -218,7 +218,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, quantize: st
         options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": str(device)}}
     source = resolve(name)
     with _opening(name):
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     return model if quantize != "none" else model.to(device)
 
 
@@ -233,7 +233,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter or model folder behind a run, a checkpoint or the folder itself. Raises ModelError if there is none."""
+    """The adapter or model folder behind a run, a checkpoint or the folder itself. Raises ModelError for none."""
     steps = sorted((path / "checkpoints").glob("step_*/policy"))
     for candidate in (path, path / "policy", *reversed(steps)):
         if (candidate / "adapter_config.json").is_file() or (candidate / "config.json").is_file():
@@ -283,7 +283,7 @@ def load_policy(section: ModelSection, seed: int = 0) -> Policy:
 def _add_adapter(model: Any, lora: LoraSection, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    targets = lora.target_modules
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     head_names = {"lm_head", "embed_out"}
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and not isinstance(targets, str) and head_names & set(targets):
