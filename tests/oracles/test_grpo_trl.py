@@ -102,6 +102,10 @@ def trl_loss(batch: Batch, *, gap: dict | None = None, **options: Any) -> tuple[
             use_bias_correction_kl=options.get("use_bias_correction_kl", True),
             sapo_temperature_pos=1.0,
             sapo_temperature_neg=1.05,
+            vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
             steps_per_generation=1,
         ),
         accelerator=accelerator(),
@@ -113,6 +117,7 @@ def trl_loss(batch: Batch, *, gap: dict | None = None, **options: Any) -> tuple[
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         current_gradient_accumulation_steps=1,
         use_vllm=gap is not None,
         vllm_importance_sampling_correction=True,
@@ -180,6 +185,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # TRL's epsilon_high is the cap itself for cispo; ours is the distance from 1.
     "cispo": ({"loss_type": "cispo", "epsilon_high": 1.25}, {"surrogate": "cispo", "clip_high": 0.25}),
     "sapo": ({"loss_type": "sapo"}, {"surrogate": "sapo", "aggregation": "sequence"}),
+    "vespo": ({"loss_type": "vespo"}, {"surrogate": "vespo"}),
     "kl": ({"beta": 0.1}, {"kl_coef": 0.1}),
     "kl without ratio": (
         {"beta": 0.1, "use_bias_correction_kl": False},
@@ -349,3 +355,14 @@ def test_loss_with_gap_correction(level: Any, several_updates: bool) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient[batch.mask], rtol=1e-5, atol=1e-6)
     assert metrics["gap_weight"] != pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_vespo_with_gap_correction(mode: Any) -> None:
+    batch = Batch(5, reference=False, several_updates=True)
+    ours = GRPO(epochs=2, surrogate="vespo", gap_correction="token", gap_mode=mode, gap_cap=1.5)
+    loss, gradient, _, _ = our_loss(batch, ours)
+    gap = {"mode": f"token_{mode}", "cap": 1.5}
+    expected, expected_gradient, _, _ = trl_loss(batch, loss_type="vespo", gap=gap)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient[batch.mask], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""GRPO (arXiv 2402.03300) and its relatives: Dr. GRPO, DAPO, GSPO, RLOO, CISPO, SAPO are settings of its options.
+"""GRPO (arXiv 2402.03300) and its relatives: Dr. GRPO, DAPO, GSPO, RLOO, CISPO, SAPO, VESPO are settings of it.
 
 Several attempts at one task are compared with each other, so no critic is needed: an attempt's advantage is its
 reward minus that of its siblings. Departures from TRL's trainer: denominators count the whole update over all ranks,
@@ -32,6 +32,7 @@ from sapwood.ops.losses import (
     gap_weights,
     log_ratio,
     sapo_loss,
+    vespo_loss,
 )
 from sapwood.types import Group, Row, StopReason, Trajectory
 
@@ -62,8 +63,8 @@ class GRPO(Algorithm):
         default=False, description="don't train on attempts that a budget cut short; they still count in their group"
     )
 
-    surrogate: Literal["clip", "cispo", "sapo"] = Field(
-        default="clip", description="PPO's clipped ratio, CISPO's clipped weight, or SAPO's soft gate"
+    surrogate: Literal["clip", "cispo", "sapo", "vespo"] = Field(
+        default="clip", description="PPO's clipped ratio, CISPO's capped weight, SAPO's soft gate, VESPO's soft weight"
     )
     ratio_level: Level = Field(default="token", description="importance ratio per token, or per row (GSPO)")
     clip_low: float = Field(default=0.2, gt=0.0, le=1.0, description="ratios below 1 - clip_low are clipped")
@@ -73,6 +74,8 @@ class GRPO(Algorithm):
     )
     sapo_temperature_pos: float = Field(default=1.0, gt=0.0, description="SAPO's gate where the advantage is positive")
     sapo_temperature_neg: float = Field(default=1.05, gt=0.0, description="SAPO's gate elsewhere")
+    vespo_pos: tuple[float, float] = Field(default=(2.0, 3.0), description="VESPO's k and lambda where advantages >= 0")
+    vespo_neg: tuple[float, float] = Field(default=(3.0, 2.0), description="VESPO's k and lambda elsewhere")
     aggregation: Aggregation = Field(
         default="token",
         description="mean over tokens (DAPO), over rows' means (GRPO), or by a constant length (Dr. GRPO)",
@@ -93,9 +96,6 @@ class GRPO(Algorithm):
         description="multiply the KL term of the loss by the importance ratio (unbiased gradient for k1 and k3)",
     )
     entropy_coef: float = Field(default=0.0, ge=0.0, description="bonus on the mean entropy per token")
-
-    epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
-    updates: int = Field(default=1, ge=1, description="optimiser steps that each pass is split into")
 
     gap_correction: Literal["none", "token", "sequence"] = Field(
         default="none", description="weight tokens, or rows, by trainer over sampler probability"
@@ -136,7 +136,21 @@ class GRPO(Algorithm):
                 f"clip_dual {self.clip_dual} must exceed 1 + clip_high = {1.0 + self.clip_high:g}, "
                 "or it would replace the clip."
             )
+        if self.surrogate == "vespo" and (self.ratio_level == "sequence" or self.gap_correction == "sequence"):
+            raise ValueError(
+                "surrogate: vespo weights whole rows itself; set ratio_level: token, and gap_correction: token or none."
+            )
         return self
+
+    @property
+    def attempts(self) -> int:
+        """The group size."""
+        return self.group_size
+
+    @property
+    def resample(self) -> bool:
+        """Whether groups that can't teach are replaced (dynamic sampling)."""
+        return self.dynamic_sampling
 
     @property
     def needs(self) -> Needs:
@@ -199,10 +213,8 @@ class GRPO(Algorithm):
         log_ratios = log_ratio(logprobs, old, batch.lengths, self.ratio_level)
         ratio = bounded_exp(log_ratios)
         metrics = self._ratio_metrics(ratio.detach(), (logprobs - old).detach(), batch.advantages)
-        policy = self._surrogate(logprobs, ratio, batch.advantages)
         weights = self._gap(old, batch, metrics)
-        if weights is not None:
-            policy = policy * weights
+        policy = self._surrogate(logprobs, log_ratios, batch, weights)
         total = policy
         if self.kl_coef > 0.0 and self.kl_in == "loss":
             total = policy + self.kl_coef * self._kl(logprobs, ratio, batch, metrics)
@@ -276,12 +288,28 @@ class GRPO(Algorithm):
 
     # --- loss ---------------------------------------------------------------------------------------------------
 
-    def _surrogate(self, logprobs: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
-        if self.surrogate == "cispo":
-            return cispo_loss(logprobs, ratio, advantages, self.clip_high)
-        if self.surrogate == "sapo":
-            return sapo_loss(ratio, advantages, self.sapo_temperature_pos, self.sapo_temperature_neg)
-        return clipped_loss(ratio, advantages, self.clip_low, self.clip_high, self.clip_dual)
+    def _surrogate(self, logprobs: Tensor, log_ratios: Tensor, batch: RowBatch, weights: Tensor | None) -> Tensor:
+        """Per-token policy loss [S], gap weights included."""
+        assert batch.advantages is not None
+        advantages, ratio = batch.advantages, bounded_exp(log_ratios)
+        match self.surrogate:
+            case "vespo":
+                return vespo_loss(
+                    logprobs,
+                    log_ratios,
+                    advantages,
+                    batch.lengths,
+                    gap_weights=weights,
+                    positive=self.vespo_pos,
+                    negative=self.vespo_neg,
+                )
+            case "cispo":
+                loss = cispo_loss(logprobs, ratio, advantages, self.clip_high)
+            case "sapo":
+                loss = sapo_loss(ratio, advantages, self.sapo_temperature_pos, self.sapo_temperature_neg)
+            case "clip":
+                loss = clipped_loss(ratio, advantages, self.clip_low, self.clip_high, self.clip_dual)
+        return loss if weights is None else loss * weights
 
     def _kl(self, logprobs: Tensor, ratio: Tensor, batch: RowBatch, metrics: dict[str, Tensor]) -> Tensor:
         if batch.reference_logprobs is None:
@@ -319,7 +347,7 @@ class GRPO(Algorithm):
         high = (ratio > 1.0 + self.clip_high) & (advantages > 0)
         if self.surrogate == "clip":
             metrics["clip_fraction_low"] = ((ratio < 1.0 - self.clip_low) & (advantages < 0)).float()
-        if self.surrogate != "sapo":
+        if self.surrogate in ("clip", "cispo"):
             metrics["clip_fraction_high"] = high.float()
         if self.clip_dual is not None:
             metrics["clip_fraction_dual"] = ((ratio > self.clip_dual) & (advantages < 0)).float()

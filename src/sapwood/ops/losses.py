@@ -6,16 +6,20 @@ scored tokens of each row, summing to S. No function divides by anything local b
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sapwood.ops.kl import bounded_exp
+from sapwood.ops.kl import LOG_RATIO_LIMIT, bounded_exp
 
 Aggregation = Literal["token", "sequence", "constant"]
 Level = Literal["token", "sequence"]
 GapMode = Literal["truncate", "mask"]
+
+VESPO_FLOOR = math.log(1e-8)
+"""Smallest log-weight of a row or gap weight in VESPO, as in its authors' code."""
 
 
 def row_sum(values: Tensor, lengths: Tensor) -> Tensor:
@@ -73,6 +77,32 @@ def sapo_loss(ratio: Tensor, advantages: Tensor, temperature_pos: float, tempera
     """
     tau = torch.where(advantages > 0, temperature_pos, temperature_neg)
     return -4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * advantages
+
+
+def vespo_loss(
+    logprobs: Tensor,
+    log_ratios: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    gap_weights: Tensor | None,
+    positive: tuple[float, float],
+    negative: tuple[float, float],
+) -> Tensor:
+    """-phi(w) * A * log pi, with phi(w) = w^k * exp(lambda * (1 - w)), no gradient through w (arXiv 2602.10693).
+
+    w is the row's whole ratio, exp of the sum of its tokens' log_ratios (times its gap weights): phi(1) = 1, and phi
+    falls on both sides, so that rows far from the old policy fade out instead of being clipped. positive and
+    negative are (k, lambda) where A >= 0 and A < 0. All tensors [S] but lengths [R] -> [S].
+    """
+    log_weight = log_ratios.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if gap_weights is not None:
+        log_weight = log_weight + gap_weights.log().clamp(VESPO_FLOOR, LOG_RATIO_LIMIT)
+    log_weight = spread(row_sum(log_weight, lengths), lengths).clamp(VESPO_FLOOR, LOG_RATIO_LIMIT)
+    k = torch.where(advantages >= 0, positive[0], negative[0])
+    decay = torch.where(advantages >= 0, positive[1], negative[1])
+    phi = torch.exp(decay + k * log_weight - decay * log_weight.exp())
+    return -phi * advantages * logprobs
 
 
 def aggregate(
