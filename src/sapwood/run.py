@@ -29,7 +29,8 @@ from typing import Any
 from sapwood.config import Recipe, dump_recipe, load_recipe
 from sapwood.environment import describe
 from sapwood.errors import MissingExtra, StorageError
-from sapwood.types import Group, Ids, Row, Trajectory, Turn
+from sapwood.rollout import records
+from sapwood.types import Group, Ids, Row
 
 logger = logging.getLogger("sapwood")
 
@@ -129,31 +130,44 @@ class Run:
     ) -> Path:
         """Write every trajectory, a line each, to samples/step_NNNNNN.jsonl.gz.
 
-        rows: those made from the groups; their advantages are added turn by turn. decode: token ids to text, for
-        the prompts; without it only their token counts are written. Equal samples give equal bytes.
+        rows: those made from the groups, for their advantages; decode: token ids to text, special tokens kept, for
+        the prompts (left empty without it). Equal samples give equal bytes.
         """
-        advantages = _advantages(rows)
-        prompts = _Prompts(decode)
+        known: dict[bytes, str] = {}  # the members of a group share their prompts
+
+        def text(ids: Ids) -> str:
+            if decode is None:
+                return ""
+            key = ids.tobytes()
+            if key not in known:
+                known[key] = decode(ids)
+            return known[key]
+
         buffer = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
-            for g, group in enumerate(groups):
-                for i, trajectory in enumerate(group.trajectories):
-                    record = {"step": step, "group": g, "member": i, **_trajectory(trajectory, prompts)}
-                    for t, turn in enumerate(record["turns"]):
-                        turn["advantages"] = advantages.get((g, i, t))
-                    packed.write((_dumps(record) + "\n").encode())
+            for record in records(groups, rows, text):
+                packed.write((_dumps({"step": step, **record}) + "\n").encode())
         return self._write_bytes(self.path("samples", f"step_{step:06d}.jsonl.gz"), buffer.getvalue())
+
+    def saved(self) -> str:
+        """What the folder holds so far, for a user who stopped the run."""
+        metrics = self.dir / "metrics.jsonl"
+        history = read_metrics(metrics) if metrics.is_file() else []
+        steps = f"metrics up to step {history[-1]['step']}" if history else "no finished step"
+        checkpoints = sorted((self.dir / "checkpoints").glob("step_*"))
+        newest = f"checkpoint {checkpoints[-1]}" if checkpoints else "no checkpoint"
+        return f"saved in {self.dir}: {steps}, {newest}."
 
     def plot(self) -> Path | None:
         """Draw plots/training.png from metrics.jsonl; None where nothing has been logged."""
         from sapwood.plots import training_figure
 
         metrics = self.dir / "metrics.jsonl"
-        records = read_metrics(metrics) if metrics.is_file() else []
-        if not records:
+        history = read_metrics(metrics) if metrics.is_file() else []
+        if not history:
             return None
         buffer = io.BytesIO()
-        training_figure(records, title=self.dir.name).savefig(buffer, format="png", dpi=120)
+        training_figure(history, title=self.dir.name).savefig(buffer, format="png", dpi=120)
         return self._write_bytes(self.path("plots", "training.png"), buffer.getvalue())
 
     def _write_bytes(self, path: Path, content: bytes) -> Path:
@@ -201,7 +215,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise StorageError(f"{path}: can't be read: {error.strerror}.") from error
-    records = []
+    found = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -211,8 +225,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise StorageError(f"{path} line {number}: not a JSON record.") from error
-        records.append({name: math.nan if value is None else value for name, value in record.items()})
-    return records
+        found.append({name: math.nan if value is None else value for name, value in record.items()})
+    return found
 
 
 def free_name(folder: Path) -> Path:
@@ -261,60 +275,6 @@ def _write_line(file: io.FileIO, line: bytes) -> None:
         with contextlib.suppress(OSError):  # a torn last line is tolerated by `read_metrics`
             file.truncate(start)
         raise
-
-
-class _Prompts:
-    """Decoded prompts, each distinct one once: the members of a group share theirs."""
-
-    def __init__(self, decode: Callable[[Ids], str] | None) -> None:
-        self._decode = decode
-        self._known: dict[bytes, str] = {}
-
-    def __call__(self, ids: Ids) -> str | None:
-        if self._decode is None:
-            return None
-        key = ids.tobytes()
-        if key not in self._known:
-            self._known[key] = self._decode(ids)
-        return self._known[key]
-
-
-def _trajectory(trajectory: Trajectory, prompts: _Prompts) -> dict[str, Any]:
-    return {
-        "task": trajectory.task.id,
-        "reward": trajectory.reward,
-        "reward_parts": trajectory.reward_parts,
-        "terminated": trajectory.terminated,
-        "truncated": trajectory.truncated,
-        "error": trajectory.error,
-        "info": trajectory.info,
-        "turns": [_turn(turn, prompts) for turn in trajectory.turns],
-    }
-
-
-def _turn(turn: Turn, prompts: _Prompts) -> dict[str, Any]:
-    return {
-        "prompt": prompts(turn.prompt_ids),
-        "prompt_tokens": len(turn.prompt_ids),
-        "reply": turn.text,
-        "token_ids": turn.token_ids.tolist(),
-        "sampled_logprobs": [round(float(value), 6) for value in turn.sampled_logprobs],
-        "stop_reason": str(turn.stop_reason),
-        "reward": turn.reward,
-        "restart": turn.restart,
-        "info": dict(turn.info),
-    }
-
-
-def _advantages(rows: Sequence[Row]) -> dict[tuple[int, int, int], list[float]]:
-    """Advantages of the scored tokens by (group, member, turn)."""
-    found: dict[tuple[int, int, int], list[float]] = {}
-    for row in rows:
-        if row.advantages is None:
-            continue
-        for turn, value in zip(row.turn.tolist(), row.advantages.tolist(), strict=True):
-            found.setdefault((row.group, row.member, turn), []).append(round(value, 6))
-    return found
 
 
 def _dumps(record: Mapping[str, Any]) -> str:

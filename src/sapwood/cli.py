@@ -1,0 +1,342 @@
+"""The command line. Torch is imported by the commands that need it, never to print help.
+
+Exit codes: 0 done, 1 an error that a sentence on stderr explains, 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sapwood.errors import ConfigError, DataError, SapwoodError
+
+if TYPE_CHECKING:
+    from sapwood.config import Recipe
+    from sapwood.progress import Progress
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its one-line help, its arguments, and what it does (the exit code)."""
+
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except SystemExit as stop:  # argparse's help and usage errors
+        return stop.code if isinstance(stop.code, int) else 2
+    except SapwoodError as error:
+        if _verbose(given):
+            traceback.print_exc()
+        print(f"sapwood: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sapwood: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `sapwood list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(top_help())
+        return 0 if given else 2
+    if given[0] == "--version":
+        from sapwood.environment import version
+
+        print(f"sapwood {version('sapwood')}")
+        return 0
+    if given[0] == "--dump-help":
+        print(dump_help())
+        return 0
+    if given[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COMMANDS)}."
+        print(f"sapwood: unknown command {given[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    namespace = parser(given[0]).parse_intermixed_args(given[1:])
+    return COMMANDS[given[0]].run(namespace)
+
+
+def _verbose(given: Sequence[str]) -> bool:
+    return "-v" in given or "--verbose" in given
+
+
+# ---- help ---------------------------------------------------------------------------------------------------
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The argument parser of a command."""
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=28, width=WIDTH)
+
+    made = argparse.ArgumentParser(
+        prog=f"sapwood {name}", description=COMMANDS[name].summary, formatter_class=formatter, allow_abbrev=False
+    )
+    COMMANDS[name].arguments(made)
+    made.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def top_help() -> str:
+    """Help of `sapwood` itself."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sapwood COMMAND ...",
+            "",
+            "Reinforcement post-training of language-model agents on token trees.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`sapwood COMMAND --help` explains a command; `sapwood --version` prints the version.",
+        ]
+    )
+
+
+def dump_help() -> str:
+    """Help of every command, as docs/cli.md holds it."""
+    parts = [top_help(), *(parser(name).format_help().rstrip() for name in COMMANDS)]
+    return "\n\n".join(f"```text\n{part}\n```" for part in parts)
+
+
+def _recipe_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "recipe",
+        nargs="+",
+        metavar="RECIPE|KEY=VALUE",
+        help="a recipe, overlays on top of it, and overrides such as optim.learning_rate=3e-5",
+    )
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for model.device=...")
+
+
+def _train_arguments(made: argparse.ArgumentParser) -> None:
+    _recipe_arguments(made)
+    made.add_argument("--algorithm", metavar="NAME", help="short for algorithm.name=...")
+    made.add_argument("--dry-run", action="store_true", help="check the recipe, print it in full and stop")
+    made.add_argument("--json", action="store_true", help="print a JSON object a step on stdout")
+
+
+def _rollout_arguments(made: argparse.ArgumentParser) -> None:
+    _recipe_arguments(made)
+    made.add_argument("--tasks", type=_positive, default=4, metavar="N", help="how many tasks (4)")
+    made.add_argument("--split", choices=("train", "eval"), default="eval", help="which tasks (eval)")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write, a line a rollout")
+
+
+def _eval_arguments(made: argparse.ArgumentParser) -> None:
+    _recipe_arguments(made)
+    made.add_argument("--adapter", type=Path, metavar="PATH", help="an adapter, checkpoint or run to evaluate")
+    made.add_argument("--tasks", type=_positive, metavar="N", help="held-out tasks (the recipe's eval.tasks)")
+    made.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def _generate_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("model", metavar="MODEL|RUN", help="a model's name, folder or hub id, or a run folder")
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
+    source.add_argument("--input", type=Path, metavar="FILE", help='JSONL with "prompt" or "messages" on each line')
+    made.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write (default: print the replies)")
+    made.add_argument("--system", metavar="TEXT", help="a system message before each --prompt")
+    made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (1.0)")
+    made.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 keeps all")
+    made.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep the smallest set with this mass (1.0)"
+    )
+    made.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop below this share of the top (0.0)")
+    made.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of a reply (128)")
+    made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="type of the weights")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to run")
+
+
+def _list_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("kind", nargs="?", choices=KINDS, help="only this kind")
+
+
+def _doctor_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+# ---- commands -----------------------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace, extra: Iterable[str] = ()) -> Recipe:
+    """The recipe of the command line: what names a file is a file, what holds an `=` is an override."""
+    from sapwood.config import load_recipe
+
+    files = [item for item in arguments.recipe if "=" not in item or Path(item).exists()]
+    overrides = [item for item in arguments.recipe if item not in files]
+    if arguments.device:
+        overrides.append(f"model.device={arguments.device}")
+    return load_recipe(files, [*overrides, *extra])
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = _load(arguments, [f"algorithm.name={arguments.algorithm}"] if arguments.algorithm else [])
+    recipe.check_trainable()
+    if arguments.dry_run:
+        from sapwood.config import dump_recipe
+
+        print(dump_recipe(recipe), end="")
+        return 0
+    progress = _progress(arguments.json)
+    from sapwood.run import Run
+
+    with Run.create(recipe) as run:
+        try:
+            with progress:
+                from sapwood.train import train
+
+                result = train(recipe, run, progress)
+        except KeyboardInterrupt:
+            print(f"sapwood: stopped by Ctrl-C; {run.saved()}", file=sys.stderr)
+            return 130
+    if arguments.json:
+        print(json.dumps({"run_dir": str(result.run_dir), "evaluation": result.evaluation}, sort_keys=True))
+    return 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    recipe = _load(arguments)
+    with _progress() as progress:
+        from sapwood.evaluate import run_rollout
+
+        run_rollout(recipe, arguments.split, arguments.tasks, arguments.out, progress)
+    print(arguments.out)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    recipe = _load(arguments)
+    first = Path(arguments.recipe[0])
+    adapter = arguments.adapter or (first if first.is_dir() else None)
+    with _progress() as progress:
+        from sapwood.evaluate import run_eval
+
+        table = run_eval(recipe, adapter, arguments.tasks or recipe.eval.tasks, progress)
+    if arguments.json:
+        print(json.dumps(table.to_json(), indent=2, sort_keys=True))
+    else:
+        from rich.console import Console
+
+        table.render(Console())
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from sapwood.config import ModelSection
+    from sapwood.engines import Sampling
+
+    try:
+        sampling = Sampling(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            max_new_tokens=arguments.max_new_tokens,
+            stop=tuple(arguments.stop),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        problem = first["msg"].replace("Input should be", "it should be")
+        raise ConfigError(f"--{option} is {first['input']!r}; {problem}.") from error
+    if arguments.input is not None and not arguments.input.is_file():
+        raise DataError(f"--input: there is no file {str(arguments.input)!r}.")
+    model = _generation_model(arguments.model) or ModelSection(name=arguments.model, lora=None)
+    changes = {name: getattr(arguments, name) for name in ("dtype", "device") if getattr(arguments, name)}
+    with _progress() as progress:
+        from sapwood.evaluate import run_generate
+
+        run_generate(
+            model.model_copy(update=changes),
+            prompts=arguments.prompt,
+            system=arguments.system,
+            input=arguments.input,
+            out=arguments.out,
+            sampling=sampling,
+            seed=arguments.seed,
+            progress=progress,
+        )
+    return 0
+
+
+def _generation_model(name: str) -> Any:
+    """The model section of a run folder, started from what the run trained; None for any other name."""
+    from sapwood.config import load_recipe
+
+    folder = Path(name)
+    if not (folder / "recipe.yaml").is_file():
+        return None
+    return load_recipe(folder).model.model_copy(update={"init_from": folder})
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from sapwood import catalogue
+
+    for kind in [arguments.kind] if arguments.kind else KINDS:
+        print(f"{kind}:")
+        for entry in catalogue.entries(kind):
+            print(f"  {entry.name:<22} {entry.summary}".rstrip())
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from sapwood import doctor
+    from sapwood.progress import quiet
+
+    quiet()
+    return 0 if doctor.report(arguments.runs, lambda line: print(line, flush=True)) else 1
+
+
+def _progress(json_lines: bool = False) -> Progress:
+    from sapwood.progress import Progress, quiet
+
+    quiet()
+    return Progress(json_lines=json_lines)
+
+
+KINDS = ("algorithm", "env", "engine", "reward", "recipe", "model", "building", "climate")
+COMMANDS = {
+    "train": Command("Train a model by a recipe, into a new run folder.", _train_arguments, _train),
+    "rollout": Command("Play tasks with the untrained model and write what happened.", _rollout_arguments, _rollout),
+    "eval": Command("Measure a model on held-out tasks, beside baselines.", _eval_arguments, _eval),
+    "generate": Command("Reply to prompts with a model or a trained run.", _generate_arguments, _generate),
+    "list": Command("List what a recipe can name.", _list_arguments, _list),
+    "doctor": Command("Check what works on this machine, and say how to mend the rest.", _doctor_arguments, _doctor),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
