@@ -1,0 +1,142 @@
+"""What the model reads: the job, worked examples, and the state in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sapwood.envs.hvac.controllers import one_step_optimal
+from sapwood.envs.hvac.simulator import HvacEnv
+from sapwood.types import Message
+
+#: States that examples are chosen from, spread over the training days.
+EXAMPLE_POOL = 96
+
+
+@dataclass(frozen=True)
+class Record:
+    """A past step: powers [1 or controlled zones], its physical reward, and whether the reply could be read."""
+
+    powers: tuple[float, ...]
+    reward: float
+    valid: bool = True
+
+
+def answer(powers: Sequence[float]) -> str:
+    """The reply that says these powers, two decimals each."""
+    rounded = [round(float(p), 2) + 0.0 for p in powers]
+    return json.dumps({"power": rounded[0] if len(rounded) == 1 else rounded})
+
+
+def job(env: HvacEnv, *, reasoning: bool) -> str:
+    """The system message: job, units, reward and reply format."""
+    on = env.physics.powered.astype(bool)
+    zones = int(on.sum())
+    _, gain = env.response()
+    reach = float(gain[on].sum(axis=1).mean())
+    minutes = env.physics.time_res / 60.0
+    if env.control == "uniform":
+        choice, form = "one power for all zones", '{"power": x}'
+    else:
+        choice, form = f"a power for each of the {zones} zones in order", '{"power": [x1, x2, ...]}'
+    end = f"Think step by step, then end with {form}" if reasoning else f"Reply with {form} only"
+    return (
+        f"You control heating and cooling in a building with {zones} zones. Every {minutes:g} minutes choose "
+        f"{choice}, from -1 (full cooling) to 1 (full heating). Full power moves the zones about {reach:.0f} C. "
+        f"Zones drift towards the outside temperature and warm up in the sun. Keep them at {env.target:g} C: below "
+        f"target heat (positive), above target cool (negative). The reward is near 0 when the zones are at target "
+        f"and falls with the distance and the power used. {end}."
+    )
+
+
+def _deviation(difference: float) -> str:
+    if abs(difference) < 0.05:
+        return "at target"
+    return f"{abs(difference):.1f} {'above' if difference > 0 else 'below'} target"
+
+
+def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
+    """The state in words, one decimal a temperature; uniform control reads the mean of the powered zones."""
+    p, time = env.physics, env.time
+    temperatures = env.temperatures[p.powered.astype(bool)]
+    if env.control == "uniform":
+        mean = float(temperatures.mean())
+        zones = f"zones {mean:.1f} C ({_deviation(mean - env.target)})"
+    else:
+        parts = (f"{t:.1f} ({_deviation(t - env.target)})" for t in temperatures.tolist())
+        zones = f"zones {', '.join(parts)}"
+    hour, minute = divmod(round(env.hour * 60.0), 60)
+    text = (
+        f"Time {hour:02d}:{minute:02d}, {zones}, outside {p.outdoor[time]:.1f} C, ground {p.ground[time]:.1f} C, "
+        f"sun {p.sun[time]:.1f}"
+    )
+    if env.occupancy != "none":
+        text += f", people {env.people_present:.0f}"
+    if history:
+        text += ". Recent powers and rewards: " + ", ".join(_past(record) for record in history)
+    return text + "."
+
+
+def _past(record: Record) -> str:
+    powers = " ".join(f"{p:.2f}" for p in record.powers) if record.valid else "unreadable"
+    return f"{powers} ({record.reward:.1f})"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A state in words, the one-step-optimal reply and its physical reward."""
+
+    state: str
+    reply: str
+    reward: float
+    day: int
+
+
+def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tuple[Example, ...]:
+    """`count` examples on the given days, from strong cooling to strong heating; a function of the arguments alone.
+
+    A pool of states is drawn over days, hours and initial temperatures within `spread` of the target; of these, in
+    order of their best mean power, the middles of `count` equal parts are kept.
+    """
+    if count == 0:
+        return ()
+    on = env.physics.powered.astype(bool)
+    rng = np.random.default_rng(0)
+    pool: list[tuple[float, Example]] = []
+    for index in range(EXAMPLE_POOL):
+        day = int(days[index * len(days) // EXAMPLE_POOL])
+        hour = int(rng.integers(24))
+        env.reset(options={"day": day, "hour": hour, "initial_temperature": start_temperatures(env, rng, spread)})
+        state = describe(env)
+        action = np.round(one_step_optimal(env), 2)
+        powers = action if env.control == "uniform" else action[on]
+        reward = env.step(action.astype(np.float32))[1]
+        pool.append((float(powers.mean()), Example(state, answer(powers.tolist()), reward, day)))
+    pool.sort(key=lambda item: item[0])
+    chosen = [pool[(2 * i + 1) * len(pool) // (2 * count)][1] for i in range(count)]
+    # Neighbours in the prompt should differ, or a small model copies the last one.
+    return tuple(chosen[::2] + chosen[1::2])
+
+
+def start_temperatures(env: HvacEnv, rng: np.random.Generator, spread: float) -> NDArray[np.float64]:
+    """Zone temperatures [n]: a common offset within `spread` of the target, and half a degree between zones."""
+    offset = rng.uniform(-spread, spread)
+    return np.round(env.target + offset + rng.uniform(-0.5, 0.5, env.zones), 2)
+
+
+def trunk(system: str, shots: Sequence[Example]) -> tuple[Message, ...]:
+    """Messages that every prompt of a family begins with: the job, then examples as turns of the conversation."""
+    messages = [Message("system", system)]
+    for index, shot in enumerate(shots):
+        messages.append(Message("user", after(shots[index - 1].reward if index else None, shot.state)))
+        messages.append(Message("assistant", shot.reply))
+    return tuple(messages)
+
+
+def after(reward: float | None, state: str) -> str:
+    """A user turn: the reward of the turn before, if there was one, then the state."""
+    return state if reward is None else f"Reward {reward:.1f}. {state}"

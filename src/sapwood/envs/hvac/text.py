@@ -1,0 +1,237 @@
+"""The building as a text world: state in words in, powers as JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from sapwood.envs import Env, EnvFamily, Observation, Split, Step
+from sapwood.envs.hvac import controllers
+from sapwood.envs.hvac.building import load_building
+from sapwood.envs.hvac.parsing import parse_reply
+from sapwood.envs.hvac.prompt import Example, Record, after, describe, examples, job, start_temperatures, trunk
+from sapwood.envs.hvac.simulator import DAYS, Control, HvacEnv, Occupancy, Powered
+from sapwood.envs.hvac.weather import read_epw, station_of
+from sapwood.errors import ConfigError
+from sapwood.types import Message, Task
+
+#: One block of days in seven is held out.
+HOLD_OUT_EVERY = 7
+LONGEST_EPISODE_DAYS = 14
+SPLITS = ("train", "eval")
+
+
+class Hvac(EnvFamily):
+    """Running a building's heating and cooling, one reply a time step.
+
+    The simulator is `HvacEnv`; building, climate, epw, control, time_res, max_power, target, beta, pnorm, powered
+    and occupancy are its options. horizon: steps of an episode. start: "day" (midnight, zones at target) or
+    "random" (any hour, zones within `start_spread` of the target). few_shot: worked examples in the prompt;
+    history: past powers and rewards shown with memory="state"; reasoning: the reply may think before it answers.
+
+    memory: "state" gives the model a prompt of examples and the current state each turn (a restart, so the examples
+    are one trunk for all turns, episodes and tasks); "chat" keeps the whole conversation.
+
+    A turn's reward is reward_scale * physical reward, less `parse_penalty` if the reply could not be read (the
+    fallback power 0 then acts). `info` holds both, with `parsed`, `fallback`, `powers`, `energy` and `comfort`.
+    """
+
+    building: str = "OfficeSmall"
+    climate: str = "Hot_Dry"
+    epw: str | None = None
+    control: Control = "uniform"
+    time_res: float = 3600.0
+    horizon: int = Field(24, ge=1)
+    max_power: float = Field(8000.0, gt=0)
+    target: float = 22.0
+    beta: float = Field(0.999, ge=0, le=1)
+    pnorm: float = Field(2.0, ge=1)
+    powered: Powered = "conditioned"
+    occupancy: Occupancy = "none"
+    start: Literal["day", "random"] = "day"
+    start_spread: float = Field(4.0, ge=0, le=15)
+    few_shot: int = Field(3, ge=0, le=32)
+    history: int = Field(3, ge=0)
+    reasoning: bool = False
+    memory: Literal["state", "chat"] = "state"
+    reward_scale: float = Field(1.0, gt=0)
+    parse_penalty: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_and_lengths(self) -> Hvac:
+        load_building(self.building)
+        if self.epw is None:
+            station_of(self.climate)
+        else:
+            read_epw(self.epw)
+        if self.horizon * self.time_res > LONGEST_EPISODE_DAYS * 86400:
+            raise ConfigError(
+                f"hvac: horizon {self.horizon} at time_res {self.time_res:g} s is longer than {LONGEST_EPISODE_DAYS} "
+                "days; give fewer steps or a shorter time_res."
+            )
+        self.simulator()
+        return self
+
+    def simulator(self) -> HvacEnv:
+        """A new `HvacEnv` with these options; its reward is the physical one (reward_scale 1)."""
+        return HvacEnv(
+            self.building,
+            self.climate,
+            epw=self.epw,
+            control=self.control,
+            time_res=self.time_res,
+            episode_len=self.horizon,
+            max_power=self.max_power,
+            beta=self.beta,
+            pnorm=self.pnorm,
+            target=self.target,
+            powered=self.powered,
+            occupancy=self.occupancy,
+        )
+
+    @property
+    def block_days(self) -> int:
+        """Days that an episode may touch: it starts and ends within a block of so many days."""
+        hours = self.horizon * self.time_res / 3600.0
+        whole = -(-int(np.ceil(hours)) // 24)
+        return whole if self.start == "day" or hours <= 12 else whole + 1
+
+    def days(self, split: Split) -> tuple[int, ...]:
+        """First days (0..364) of the episodes of a split.
+
+        With b = `block_days`, the days 3b .. 4b-1 of every 7b are held out: 52 single days spread over the seasons
+        for episodes of a day. A training episode may start on any day whose block touches no held-out day.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"hvac: split {split!r}; choose 'train' or 'eval'.")
+        b = self.block_days
+        starts = range(DAYS - b + 1)
+        held_out = {d for d in range(DAYS) if d % (HOLD_OUT_EVERY * b) // b == 3}
+        if split == "eval":
+            return tuple(d for d in starts if d % (HOLD_OUT_EVERY * b) == 3 * b)
+        return tuple(d for d in starts if held_out.isdisjoint(range(d, d + b)))
+
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        """`count` tasks. Held-out days are evenly spread over the year, training days a permutation by seed."""
+        if count < 1:
+            raise ConfigError(f"hvac: {count} {split} tasks asked for; give at least 1.")
+        days = self.days(split)
+        if split == "eval":
+            kept = min(count, len(days))
+            order = [days[(2 * i + 1) * len(days) // (2 * kept)] for i in range(kept)]
+        else:
+            order = [days[i] for i in np.random.default_rng([seed, 0]).permutation(len(days))]
+        env = self.simulator()
+        return [self._task(env, split, order[i % len(order)], seed, i) for i in range(count)]
+
+    def _task(self, env: HvacEnv, split: Split, day: int, seed: int, index: int) -> Task:
+        rng = np.random.default_rng([seed, 1 + SPLITS.index(split), index])
+        metadata: dict[str, object] = {"day": day, "hour": 0, "initial_temperature": self.target}
+        if self.start == "random":
+            spare = self.block_days * 24 - int(np.ceil(self.horizon * self.time_res / 3600.0))
+            metadata["hour"] = int(rng.integers(min(spare, 23) + 1))
+            metadata["initial_temperature"] = start_temperatures(env, rng, self.start_spread).tolist()
+        return Task(id=f"hvac-{split}-{seed}-{index}-day{day}", metadata=metadata, seed=int(rng.integers(2**31)))
+
+    def make(self, task: Task) -> HvacText:
+        """A new text environment for the task."""
+        return HvacText(self, task)
+
+    @cached_property
+    def prompt_trunk(self) -> tuple[Message, ...]:
+        """The messages that every prompt begins with: the job and the examples."""
+        env = self.simulator()
+        env.reset(options={"day": 0})
+        return trunk(job(env, reasoning=self.reasoning), self.examples)
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """The few-shot examples; their days are training days."""
+        return examples(self.simulator(), self.days("train"), self.few_shot, self.start_spread)
+
+    def reset_simulator(self, env: HvacEnv, task: Task) -> None:
+        """Put a simulator at the beginning of a task."""
+        env.reset(seed=task.seed, options={k: task.metadata[k] for k in ("day", "hour", "initial_temperature")})
+
+    def baselines(self) -> Mapping[str, Callable[[Task], float]]:
+        """Physical return of an episode under random, zero, proportional and one_step_optimal control."""
+
+        def of(controller: Callable[[Task], controllers.Controller]) -> Callable[[Task], float]:
+            def run(task: Task) -> float:
+                env = self.simulator()
+                self.reset_simulator(env, task)
+                return controllers.episode_return(env, controller(task))
+
+            return run
+
+        return {
+            "random": of(lambda task: controllers.random_controller(task.seed)),
+            "zero": of(lambda task: controllers.zero),
+            "proportional": of(lambda task: controllers.proportional),
+            "one_step_optimal": of(lambda task: controllers.one_step_optimal),
+        }
+
+
+class HvacText(Env):
+    """One episode of `Hvac`."""
+
+    def __init__(self, family: Hvac, task: Task) -> None:
+        self.family = family
+        self.env = family.simulator()
+        family.reset_simulator(self.env, task)
+        self._past: list[Record] = []
+        self._powered = self.env.physics.powered.astype(bool)
+        self._count = 1 if family.control == "uniform" else int(self._powered.sum())
+
+    def start(self) -> Observation:
+        """The job, the examples and the first state."""
+        return Observation((*self.family.prompt_trunk, self._state_turn()))
+
+    def _state_turn(self) -> Message:
+        if self.family.memory == "chat":
+            previous = self._past[-1].reward if self._past else self._last_example_reward()
+            return Message("user", after(previous, describe(self.env)))
+        shown = self._past[-self.family.history :] if self.family.history else []
+        return Message("user", after(self._last_example_reward(), describe(self.env, shown)))
+
+    def _last_example_reward(self) -> float | None:
+        shots = self.family.examples
+        return shots[-1].reward if shots else None
+
+    def step(self, reply: str) -> Step:
+        """Apply the powers of the reply, or 0 where it can't be read."""
+        parsed = parse_reply(reply, self._count, last=self.family.reasoning)
+        if self.family.control == "uniform":
+            action = np.array(parsed.powers, np.float32)
+        else:
+            action = np.zeros(self.env.zones, np.float32)
+            action[self._powered] = parsed.powers
+        _, reward, terminated, truncated, info = self.env.step(action)
+        self._past.append(Record(parsed.powers, reward, not parsed.fallback))
+        penalty = self.family.parse_penalty if parsed.fallback else 0.0
+        if terminated or truncated:
+            observation = None
+        elif self.family.memory == "chat":
+            observation = Observation((self._state_turn(),))
+        else:
+            observation = Observation((*self.family.prompt_trunk, self._state_turn()), restart=True)
+        return Step(
+            observation,
+            self.family.reward_scale * reward - penalty,
+            terminated,
+            truncated,
+            {
+                "parsed": parsed.how,
+                "fallback": parsed.fallback,
+                "powers": list(parsed.powers),
+                "physical_reward": reward,
+                "parse_penalty": penalty,
+                "energy": info["energy"],
+                "comfort": info["comfort"],
+                "temperatures": [round(t, 3) for t in info["temperatures"].tolist()],
+            },
+        )
