@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from chats import CHATML, LLAMA, QWEN, STRICT, tokenizer
 from sapwood.chat import Chat
 from sapwood.errors import DataError
 from sapwood.types import Message
+from tests.chats import CHATML, LLAMA, QWEN, STRICT, tokenizer
 
 OPENING = (Message("system", "you are in a room"), Message("user", " \nlook at the lamp\n"))
 ANSWERS = (("I guess 7", "too low"), ("  9 ", "the lamp is on.\n\n"), ("", "and?"))

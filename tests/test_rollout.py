@@ -3,7 +3,6 @@ import json
 import numpy as np
 import pytest
 
-from chats import tokenizer
 from sapwood.chat import Chat
 from sapwood.engines import Sampling
 from sapwood.engines.scripted import ScriptedEngine
@@ -12,7 +11,8 @@ from sapwood.rewards import Reward
 from sapwood.rewards.env import EnvReward
 from sapwood.rollout import apply_rewards, collect, records, to_rows, turn_seed
 from sapwood.types import Group, StopReason, Task, Trajectory, Turn
-from worlds import Faulty, Guess
+from tests.chats import tokenizer
+from tests.worlds import Faulty, Guess
 
 TOK = tokenizer()
 CHAT = Chat(TOK)

@@ -41,12 +41,14 @@ def collect(
     max_turns: int | None = None,
     max_context: int | None = None,
     rewards: Sequence[Reward] = (),
+    first_task: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
     """Play `group_size` episodes of every task; groups in the order of the tasks, rewarded.
 
     max_turns: replies an episode may have; max_context: tokens that prompt and reply may have together. An episode
-    that reaches either is truncated. progress(done, total) is called after every episode.
+    that reaches either is truncated. first_task: the index of tasks[0] where `tasks` is a slice of a longer list, so
+    that each keeps its seeds. progress(done, total) is called after every episode.
 
     Raises ConfigError for no task or no member, BudgetError where a task's first prompt leaves no room for a reply,
     EnvError if every episode failed, DataError for rewards that are not finite numbers.
@@ -59,7 +61,9 @@ def collect(
         raise ConfigError(f"max_turns must be at least 1, not {max_turns}.")
     with ExitStack() as stack:
         pool = stack.enter_context(WorkerPool(family)) if family.isolate else None
-        play = _Play(family, engine, chat, _until_turn_end(sampling, chat), seed, max_turns, max_context, pool)
+        play = _Play(
+            family, engine, chat, _until_turn_end(sampling, chat), seed, first_task, max_turns, max_context, pool
+        )
         stack.callback(play.abandon)
         groups = play.run(tasks, group_size, progress)
     first_error = next((t.error for g in groups for t in g.trajectories if t.error), None)
@@ -168,6 +172,7 @@ class _Play:
     chat: Chat
     sampling: Sampling
     seed: int
+    first_task: int
     max_turns: int | None
     max_context: int | None
     pool: WorkerPool | None
@@ -276,7 +281,7 @@ class _Play:
                 id=episode.index,
                 token_ids=episode.history,
                 sampling=self.sampling,
-                seed=turn_seed(self.seed, episode.group, episode.member, len(turns)),
+                seed=turn_seed(self.seed, self.first_task + episode.group, episode.member, len(turns)),
                 episode=episode.name,
             )
         )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
+from tests.chats import tokenizer
 
-from chats import tokenizer
 from sapwood.engines import Engine, Request, Sampling
 from sapwood.engines.check import check_engine
 from sapwood.engines.scripted import ScriptedEngine

@@ -2,13 +2,13 @@ import random
 
 import numpy as np
 import pytest
+from tests.worlds import Guess
 
 from sapwood.envs import Observation, Step
 from sapwood.envs.check import GARBAGE, check_env
 from sapwood.errors import EnvError
 from sapwood.plugins import known, load
 from sapwood.types import Message, Task
-from worlds import Guess
 
 ITEMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(30)]
 # Options of the built-ins that can't be made without any; the rest are made with their defaults.

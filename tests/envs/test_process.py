@@ -2,8 +2,9 @@ import os
 import sys
 
 import pytest
+from tests.chats import tokenizer
+from tests.worlds import Faulty, Guess
 
-from chats import tokenizer
 from sapwood.chat import Chat
 from sapwood.engines import Sampling
 from sapwood.engines.scripted import ScriptedEngine
@@ -12,7 +13,6 @@ from sapwood.errors import ConfigError, EnvError
 from sapwood.plugins import load
 from sapwood.rollout import collect
 from sapwood.types import Task
-from worlds import Faulty, Guess
 
 
 def play(family, tasks, replies=("a", "b")):
@@ -88,10 +88,10 @@ def test_a_family_that_the_worker_cannot_make_is_an_error():
 
 def test_a_class_from_a_file_is_found_by_its_path(tmp_path):
     file = tmp_path / "my_world.py"
-    file.write_text("from worlds import Faulty\nclass Mine(Faulty):\n    pass\n")
+    file.write_text("from tests.worlds import Faulty\nclass Mine(Faulty):\n    pass\n")
     cls = load("env", f"{file}:Mine")
     assert reference(cls) == f"{file}:Mine"
     [group] = play(cls(), [Task("fine")])
     assert group.trajectories[0].terminated
-    assert reference(Guess) == "worlds:Guess"
-    assert "worlds" in sys.modules
+    assert reference(Guess) == "tests.worlds:Guess"
+    assert "tests.worlds" in sys.modules

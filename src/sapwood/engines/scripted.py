@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from sapwood.engines import Completion, Engine, Request
 from sapwood.errors import BudgetError, EngineError
@@ -19,9 +20,20 @@ from sapwood.types import Floats, Ids, StopReason
 Reply = Callable[[str, Request], str] | Sequence[str]
 
 
+class OPTIONS(BaseModel):
+    """The options that a recipe can give."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reply: tuple[str, ...] = Field(default=("",), min_length=1)
+    tokens_per_step: int | None = Field(default=None, ge=1)
+    logprob: float = Field(default=-1.0, le=0.0)
+
+
 class ScriptedEngine(Engine):
     """Replies from a script, by the full contract of an engine.
 
+    tokenizer: or a policy that carries one.
     reply: a function of the prompt's text (special tokens included) and the request, or the replies of an episode's
     turns in order (the last one is repeated). An end token follows each reply; with `ignore_eos` the reply is
     repeated up to max_new_tokens instead. tokens_per_step: how many tokens of each running request one `step` gives,
@@ -42,7 +54,7 @@ class ScriptedEngine(Engine):
             raise EngineError("a script is a function or a list with at least one reply")
         if tokens_per_step is not None and tokens_per_step < 1:
             raise EngineError(f"tokens_per_step must be at least 1, not {tokens_per_step}")
-        self._tokenizer = tokenizer
+        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._reply = reply
         self._tokens_per_step = tokens_per_step
         self._logprob = logprob

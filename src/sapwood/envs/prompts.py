@@ -69,6 +69,10 @@ class Prompts(EnvFamily):
                 tasks.append(self._task(split, index, pool[index], lap))
         return tasks
 
+    def ordered(self) -> list[Task]:
+        """All prompts of `path` or `items` in their own order, held out or not."""
+        return [self._task("all", i, item, 0) for i, item in enumerate(self._items())]
+
     def make(self, task: Task) -> Env:
         """An environment that asks the task's prompt and ends with the reply."""
         return _Ask(task)
@@ -78,10 +82,7 @@ class Prompts(EnvFamily):
         return f"prompts from {self.path.name}" if self.path is not None else f"{len(self.items)} prompts"
 
     def _split(self, split: Split) -> tuple[_Item, ...]:
-        if self.path is None:
-            items = tuple(self._item(item, f"env.items[{i}]") for i, item in enumerate(self.items))
-        else:
-            items = self._file(self.path)
+        items = self._items()
         if self.eval_path is not None:
             held_out = self._file(self.eval_path)
             if split == "eval":
@@ -93,6 +94,11 @@ class Prompts(EnvFamily):
         # Few prompts still leave one to evaluate on, unless nothing was to be held out.
         held = set(digests[: max(wanted, 1) if self.eval_fraction and len(digests) > 1 else wanted])
         return tuple(item for item in items if (item.digest in held) == (split == "eval"))
+
+    def _items(self) -> tuple[_Item, ...]:
+        if self.path is not None:
+            return self._file(self.path)
+        return tuple(self._item(item, f"env.items[{i}]") for i, item in enumerate(self.items))
 
     def _file(self, path: Path) -> tuple[_Item, ...]:
         return tuple(self._item(item, where) for item, where in _read(path))
@@ -107,7 +113,7 @@ class Prompts(EnvFamily):
             messages = (Message("system", self.system), *messages)
         return _Item(messages, item.get(self.answer_field), rest)
 
-    def _task(self, split: Split, index: int, item: _Item, lap: int) -> Task:
+    def _task(self, split: str, index: int, item: _Item, lap: int) -> Task:
         name = f"{split}-{index}" + (f"-lap{lap}" if lap else "")
         return Task(name, item.messages, item.answer, item.metadata)
 

@@ -1,0 +1,245 @@
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sapwood import evaluate
+from sapwood.chat import Chat
+from sapwood.config import ModelSection
+from sapwood.engines import Sampling
+from sapwood.engines.scripted import ScriptedEngine
+from sapwood.envs.prompts import Prompts
+from sapwood.errors import ConfigError, DataError, StorageError
+from sapwood.evaluate import (
+    EvalResult,
+    EvalTable,
+    evaluate_baselines,
+    evaluate_policy,
+    heading,
+    mean_interval,
+    paired_difference,
+    run_eval,
+    run_generate,
+    run_rollout,
+    summarise,
+)
+from sapwood.types import Group, StopReason, Task, Trajectory, Turn
+from tests.chats import CHATML, LLAMA, tokenizer
+from tests.worlds import Guess
+
+TOK = tokenizer()
+
+
+def test_the_interval_is_students():
+    # 1 2 3 4 5: mean 3, s^2 = (4+1+0+1+4)/4 = 2.5, s/sqrt(5) = sqrt(0.5) = 0.7071068; the t table gives
+    # t(0.975, 4) = 2.776445, so the half width is 1.963243
+    interval = mean_interval([1, 2, 3, 4, 5])
+    assert (interval.mean, interval.n) == (3.0, 5)
+    assert interval.lo == pytest.approx(3 - 1.963243, abs=1e-6)
+    assert interval.hi == pytest.approx(3 + 1.963243, abs=1e-6)
+    one = mean_interval([7.0])
+    assert one.mean == 7.0
+    assert math.isnan(one.lo)
+    assert math.isnan(mean_interval([]).mean)
+
+
+def test_a_difference_is_taken_task_by_task():
+    base = EvalResult("base", {"a": 0.0, "b": 100.0, "c": 50.0, "only base": 9.0})
+    ours = EvalResult("ours", {"c": 53.0, "b": 102.0, "a": 1.0, "only ours": 7.0})
+    # differences 3, 2, 1: mean 2, s = 1, t(0.975, 2) = 4.302653, half width 4.302653 / sqrt(3) = 2.484138
+    difference = paired_difference(ours, base)
+    assert (difference.mean, difference.n) == (2.0, 3)
+    assert difference.lo == pytest.approx(2 - 2.484138, abs=1e-6)
+    with pytest.raises(ConfigError, match="'ours' and 'x' share no task"):
+        paired_difference(ours, EvalResult("x", {"z": 1.0}))
+
+
+def turn(reward, tokens, **info):
+    n = np.zeros(tokens, np.float32)
+    return Turn(np.zeros(1, np.int64), np.zeros(tokens, np.int64), n, n, StopReason.EOS, "", reward=reward, info=info)
+
+
+def test_a_summary_counts_physical_returns_and_replies():
+    a, b = Task("a"), Task("b")
+    groups = [
+        # paid -1.5 by a reward that adds a penalty, physically -1; then 2
+        Group(a, [Trajectory(a, [turn(-1.5, 4, parsed="failed", fallback=True, physical_reward=-1.0), turn(2.0, 2)])]),
+        Group(b, [Trajectory(b, [turn(0.5, 3, parsed="json", fallback=False)]), Trajectory(b, error="EnvError: x")]),
+    ]
+    result = summarise("x", groups)
+    assert result.returns == {"a": 1.0, "b": 0.5}
+    assert (result.failed, result.turns, result.parsed, result.fallback, result.reply_tokens) == (1, 3, 0.5, 0.5, 3.0)
+    nothing = summarise("x", [Group(a, [Trajectory(a, error="EnvError: x")])])
+    assert (nothing.returns, nothing.parsed, nothing.reply_tokens) == ({}, None, None)
+    assert json.loads(json.dumps(nothing.to_json(), allow_nan=False))["mean"] is None
+
+
+def test_policy_and_baselines_play_the_same_tasks():
+    family = Guess(limit=3)
+    tasks = family.tasks("eval", 9, 0)  # the answers are 1 .. 9
+    engine = ScriptedEngine(TOK, ["1", "hm", "3"])
+    seen = []
+    result = evaluate_policy(
+        family, tasks, engine, Chat(TOK), Sampling(), 0, name="model", progress=lambda *p: seen.append(p)
+    )
+    # 1 is right at once (10), 3 after two misses (8), the other seven miss three times (-3)
+    assert list(result.returns.values()) == [10, -3, 8, -3, -3, -3, -3, -3, -3]
+    # one turn, and eight times three of which the second says no number
+    assert (result.turns, result.parsed, result.fallback) == (25, pytest.approx(17 / 25), pytest.approx(8 / 25))
+    assert seen[-1] == ("model", 9, 9)
+    baselines = evaluate_baselines(family, tasks)
+    assert list(baselines) == ["one by one", "first only"]
+    assert list(baselines["one by one"].returns.values()) == [10, 9, 8, 7, 6, 5, 4, 3, 2]
+    assert baselines["one by one"].returns.keys() == result.returns.keys()
+    assert baselines["one by one"].parsed is None
+
+
+def text_of(table):
+    console = Console(file=io.StringIO(), width=150)
+    console.print(table.render())
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_says_what_was_measured():
+    results = (
+        EvalResult("zero", {"a": -2.0}, failed=1),
+        EvalResult("base", {"a": 1.0, "b": 2.0}, parsed=0.5, reply_tokens=7.25),
+        EvalResult("trained", {"a": 2.0, "b": 4.0}, parsed=1.0, reply_tokens=6.0),
+    )
+    table = EvalTable("OfficeSmall, 12 hours", results, ("trained", "base"))
+    text = text_of(table)
+    # base: mean 1.5, s = 0.7071, t(0.975, 1) = 12.7062, half width 12.7062 * 0.7071 / sqrt(2) = 6.3531
+    for part in ("OfficeSmall, 12 hours", "1.500", "-4.853 .. 7.853", "50.0%", "7.2", "1 (1 failed)"):
+        assert part in text
+    assert "trained - base, task by task: +1.500 (-4.853 .. 7.853) over 2 tasks" in text
+    data = json.loads(json.dumps(table.to_json(), allow_nan=False))
+    assert [row["mean"] for row in data["results"]] == [-2.0, 1.5, 3.0]
+    assert data["results"][0]["lo"] is None
+    assert (data["difference"]["of"], data["difference"]["mean"]) == (["trained", "base"], 1.5)
+    assert EvalTable("x", results).to_json()["difference"] is None
+    assert "task by task" not in text_of(EvalTable("x", results))
+
+
+def test_the_heading_names_the_options():
+    tasks = Guess().tasks("eval", 4, 0)
+    greedy = Sampling(temperature=0.0, max_new_tokens=8)
+    assert heading(Guess(limit=3), tasks, greedy) == (
+        "Guess (limit 3): 4 held-out tasks, greedy, at most 8 tokens a reply"
+    )
+    prompts = Prompts(items=({"prompt": "a"},))
+    assert heading(prompts, tasks, Sampling()).startswith("1 prompts: 4 held-out tasks, temperature 1")
+
+
+class Recipe(SimpleNamespace):
+    """The parts of a recipe that evaluation reads."""
+
+    def build_env(self):
+        return self.family
+
+    def build_rewards(self):
+        return []
+
+    def sampling(self):
+        return Sampling(max_new_tokens=8)
+
+    def engine_options(self):
+        return {"reply": ("1", "3")}
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    from sapwood.models import load
+
+    asked = []
+
+    def load_policy(section, **_):
+        asked.append(section)
+        return SimpleNamespace(tokenizer=TOK, max_context=4096)
+
+    monkeypatch.setattr(load, "load_policy", load_policy)
+    return Recipe(
+        family=Guess(limit=2),
+        engine={"name": "scripted"},
+        algorithm={"name": "grpo", "group_size": 2},
+        model=ModelSection(),
+        eval=SimpleNamespace(tasks=9, temperature=0.0, baselines=True),
+        run=SimpleNamespace(seed=0),
+        asked=asked,
+    )
+
+
+def test_run_eval_compares_base_and_trained(recipe):
+    table = run_eval(recipe, Path("runs/x/adapter"))
+    assert [result.name for result in table.results] == ["one by one", "first only", "base", "trained"]
+    assert table.difference is not None
+    assert table.difference.mean == 0.0  # the script says the same for both
+    base, trained = recipe.asked
+    assert (base.init_from, base.lora) == (None, None)
+    assert trained.init_from == Path("runs/x/adapter")
+    recipe.eval.baselines = False
+    assert [result.name for result in run_eval(recipe, count=3).results] == ["base"]
+    assert len(run_eval(recipe, count=3).results[0].returns) == 3
+
+
+def test_run_rollout_writes_every_episode(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    out, seen = tmp_path / "deep" / "r.jsonl", []
+    result = run_rollout(recipe, "train", 9, out, lambda *p: seen.append(p))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["group"], line["member"]) for line in lines] == [(g, m) for g in range(9) for m in range(2)]
+    assert [line["task"] for line in lines[::2]] == list(result.returns)
+    assert seen[-1] == ("train", 18, 18)
+    assert list(tmp_path.rglob("*.part")) == []
+    with pytest.raises(ConfigError, match="no task"):
+        run_rollout(recipe, "train", 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="can't be written"):
+        run_rollout(recipe, "train", 1, tmp_path / "file" / "r.jsonl")
+
+
+def test_a_failed_rollout_leaves_the_old_file(recipe, tmp_path):
+    out = tmp_path / "r.jsonl"
+    out.write_text("before")
+    recipe.engine_options = lambda: {"reply": ("1",), "max_context": 1}
+    with pytest.raises(Exception, match="exceeds"):
+        run_rollout(recipe, "train", 1, out)
+    assert out.read_text() == "before"
+
+
+def test_run_generate_replies_in_order(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    said = []
+
+    def echo(prompt, request):
+        said.append(request.seed)
+        return prompt.rsplit("user\n", 1)[1].split("<|im_end|>")[0].upper()
+
+    monkeypatch.setattr(evaluate.plugins, "load", lambda kind, name: lambda policy: ScriptedEngine(TOK, echo))
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"q": q}) + "\n" for q in "abc"))
+    out = tmp_path / "out.jsonl"
+    told = run_generate("smollm2-135m", input_path=source, out_path=out, prompt_field="q")
+    assert [(record["prompt"], record["reply"]) for record in told] == [("a", "A"), ("b", "B"), ("c", "C")]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == told
+    assert len(set(said)) == 3
+    [record] = run_generate("smollm2-135m", ["x"])
+    assert record == {"prompt": "x", "reply": "X", "stop_reason": "eos", "tokens": 2}
+    assert recipe.asked[-1].lora is None
+    for bad in ({}, {"prompts": ["x"], "input_path": source}):
+        with pytest.raises(ConfigError, match="either prompts or an input file"):
+            run_generate("smollm2-135m", **bad)
+
+
+def test_a_template_file_takes_the_place_of_the_tokenizers(tmp_path):
+    file = tmp_path / "t.jinja"
+    file.write_text(LLAMA)
+    policy = SimpleNamespace(tokenizer=tokenizer(CHATML, "<|eot_id|>"))
+    built = evaluate.build_chat(policy, ModelSection(chat_template=file))  # type: ignore[arg-type]
+    assert list(built.end_token_ids) == [TOK.convert_tokens_to_ids("<|eot_id|>")]
+    with pytest.raises(DataError, match=r"model.chat_template: .*none.jinja can't be read"):
+        evaluate.build_chat(policy, ModelSection(chat_template=tmp_path / "none.jinja"))  # type: ignore[arg-type]
