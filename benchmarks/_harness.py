@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,14 +266,94 @@ class Options:
         return ("float32", "bfloat16") if self.bf16 else ("float32",)
 
 
-def attempt(reasons: list[str], work: Callable[[], Any]) -> Any:
-    """work(), or None with the reason appended where a side could not be measured."""
-    try:
-        return work()
-    except BenchmarkError as error:
-        reasons.append(str(error))
-        say(str(error))
-        return None
+@dataclass(frozen=True)
+class Side:
+    """One contestant. script: below benchmarks/; peer: runs in the peers' environment.
+
+    variants: label -> arguments of one measurement, each measured in every round; warm_up: measure once unrecorded.
+    """
+
+    name: str
+    script: str
+    spec: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    peer: bool = True
+    warm_up: bool = False
+
+
+@dataclass
+class Outcome:
+    """results: label -> every measurement; facts, peaks (MiB): by side; reasons: why something is missing.
+
+    bounds: label -> seconds that a measurement was given and did not finish in.
+    """
+
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    bounds: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, label: str) -> list[float]:
+        """Seconds of every measurement of a variant."""
+        return [result["seconds"] for result in self.results.get(label, ())]
+
+    def rates(self, label: str) -> list[float]:
+        """Tokens per second of every measurement of a variant."""
+        return [result["tokens"] / result["seconds"] for result in self.results.get(label, ())]
+
+    def fail(self, reason: str) -> None:
+        """Keep why something is missing."""
+        self.reasons.append(reason)
+        say(reason)
+
+
+def take_turns(sides: Sequence[Side], rounds: int, limit: float) -> Outcome:
+    """Measure all variants of all sides in turn, `rounds` times; a side that fails is left out from there on.
+
+    limit: seconds that set-up and one measurement may take. Side names and variant labels must be unique.
+    """
+    outcome = Outcome()
+    with contextlib.ExitStack() as stack:
+        running: dict[str, tuple[Side, Worker]] = {}
+        for side in sides:
+            try:
+                worker = Worker(
+                    side.name, peer_python() if side.peer else sys.executable, side.script, side.spec, limit
+                )
+                running[side.name] = side, stack.enter_context(worker)
+                outcome.facts[side.name] = worker.facts
+                if side.warm_up:
+                    worker.run(limit, **next(iter(side.variants.values())))
+            except BenchmarkError as error:
+                running.pop(side.name, None)
+                outcome.fail(str(error))
+        for _ in range(rounds):
+            for name, (side, worker) in list(running.items()):
+                if not _one_turn(side, worker, limit, outcome):
+                    del running[name]
+        for name, (_, worker) in running.items():
+            try:
+                outcome.peaks[name] = worker.close()["peak_rss_mib"]
+            except BenchmarkError as error:
+                outcome.fail(str(error))
+    return outcome
+
+
+def _one_turn(side: Side, worker: Worker, limit: float, outcome: Outcome) -> bool:
+    for label, arguments in side.variants.items():
+        try:
+            result = worker.run(limit, **arguments)
+        except TimedOut as error:
+            outcome.bounds[label] = error.elapsed
+            outcome.fail(str(error))
+            return False
+        except BenchmarkError as error:
+            outcome.fail(str(error))
+            return False
+        outcome.results.setdefault(label, []).append(result)
+        say(f"{side.name}, {label}: {result['seconds']:.2f} s")
+    return True
 
 
 def say(text: str) -> None:

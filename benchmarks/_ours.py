@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from _worker import Measure, serve
 
-from sapwood.algorithms import RowBatch, Totals
+from sapwood.algorithms import Forward, RowBatch, Totals
 from sapwood.algorithms.grpo import GRPO
 from sapwood.config import LoraSection, ModelSection
 from sapwood.engines import Completion, Request, Sampling
@@ -122,8 +122,6 @@ def step_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
         sampled = time.perf_counter()
         groups, rows = groups_of(asked, completions, group)
         rows, _ = algorithm.credit(groups, rows)
-        from sapwood.algorithms import Forward
-
         policy.model.train()
         logprobs, entropies = forward_rows(policy.model, rows, entropy=False)
         output = algorithm.loss(Forward(logprobs, entropies), RowBatch.of(rows), Totals.of(rows))

@@ -51,7 +51,7 @@ def workload(model: str, shape: Shape, seed: int = 0) -> dict[str, Any]:
     ids = {word: tokenizer.token_to_id(word) for word in words}
     rng = random.Random(seed)
     shared = rng.choices(words, k=shape.shared)
-    prompts = [shared + [first, *rng.choices(words, k=shape.own - 1)] for first in rng.sample(words, shape.prompts)]
+    prompts = [[*shared, first, *rng.choices(words, k=shape.own - 1)] for first in rng.sample(words, shape.prompts)]
     texts = ["".join(prompt).replace("\u0120", " ") for prompt in prompts]
     prompt_ids = [[ids[word] for word in prompt] for prompt in prompts]
     for text, expected in zip(texts, prompt_ids, strict=True):

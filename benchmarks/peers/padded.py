@@ -30,9 +30,8 @@ def set_up(spec: dict[str, Any]) -> tuple[Measure, dict[str, Any]]:
 
     def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         size, at_once = arguments["group"], arguments["micro_batch"]
-        rows = [
-            prompt + work["reply_ids"][p * group + g] for p, prompt in enumerate(work["prompt_ids"]) for g in range(size)
-        ]
+        replies = work["reply_ids"]
+        rows = [prompt + replies[p * group + g] for p, prompt in enumerate(work["prompt_ids"]) for g in range(size)]
         model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         for first in range(0, len(rows), at_once):

@@ -23,6 +23,7 @@ class Reward:
         self.new_tokens = new_tokens
 
     def __call__(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """One number per reply."""
         lengths = {len(ids) for ids in completion_ids}
         if lengths != {self.new_tokens}:
             raise RuntimeError(f"replies of {sorted(lengths)} tokens, asked for {self.new_tokens}")
@@ -53,8 +54,11 @@ class Steps(TrainerCallback):
         return control
 
 
-def trainer(spec: dict[str, Any], texts: list[str], group: int, new_tokens: int, steps: int, folder: str) -> GRPOTrainer:
+def trainer(
+    spec: dict[str, Any], texts: list[str], group: int, new_tokens: int, steps: int, folder: str
+) -> GRPOTrainer:
     """A trainer whose step is len(texts) prompts x group samples."""
+    rank = spec["rank"]
     samples = len(texts) * group
     bf16 = spec["dtype"] == "bfloat16"
     config = GRPOConfig(
@@ -87,7 +91,7 @@ def trainer(spec: dict[str, Any], texts: list[str], group: int, new_tokens: int,
         reward_funcs=Reward(new_tokens),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": text} for text in texts] * 8),
-        peft_config=LoraConfig(r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
 
