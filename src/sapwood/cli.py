@@ -20,6 +20,7 @@ from sapwood.errors import ConfigError, DataError, SapwoodError
 if TYPE_CHECKING:
     from sapwood.config import Recipe
     from sapwood.progress import Progress
+    from sapwood.train import TrainResult
 
 WIDTH = 100
 
@@ -155,9 +156,8 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("model", metavar="MODEL|RUN", help="a model's name, folder or hub id, or a run folder")
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
-    source.add_argument("--input", type=Path, metavar="FILE", help='JSONL with "prompt" or "messages" on each line')
+    source.add_argument("--input", type=Path, metavar="FILE", help='JSONL with a "prompt" on each line')
     made.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write (default: print the replies)")
-    made.add_argument("--system", metavar="TEXT", help="a system message before each --prompt")
     made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (1.0)")
     made.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 keeps all")
     made.add_argument(
@@ -217,12 +217,31 @@ def _train(arguments: argparse.Namespace) -> int:
                 from sapwood.train import train
 
                 result = train(recipe, run, progress)
+        except SapwoodError:
+            if not run.abandon():
+                print(f"sapwood: {run.saved()}", file=sys.stderr)
+            raise
         except KeyboardInterrupt:
-            print(f"sapwood: stopped by Ctrl-C; {run.saved()}", file=sys.stderr)
+            told = "nothing had been logged yet." if run.abandon() else run.saved()
+            print(f"sapwood: stopped by Ctrl-C; {told}", file=sys.stderr)
             return 130
-    if arguments.json:
-        print(json.dumps({"run_dir": str(result.run_dir), "evaluation": result.evaluation}, sort_keys=True))
+    _tell(result, arguments.json)
     return 0
+
+
+def _tell(result: TrainResult, as_json: bool) -> None:
+    """The table and the paths of what a run left."""
+    paths = {"adapter": result.policy_dir, "curve": result.plot, "samples": result.run_dir / "samples"}
+    if as_json:
+        found = {name: str(path) for name, path in paths.items() if path}
+        print(json.dumps({"evaluation": result.table.to_json(), "run": str(result.run_dir), **found}, sort_keys=True))
+        return
+    from rich.console import Console
+
+    Console().print(result.table.render())
+    for name, path in {"run": result.run_dir, **paths}.items():
+        if path and path.exists():
+            print(f"{name:<8} {path}")
 
 
 def _rollout(arguments: argparse.Namespace) -> int:
@@ -230,7 +249,7 @@ def _rollout(arguments: argparse.Namespace) -> int:
     with _progress() as progress:
         from sapwood.evaluate import run_rollout
 
-        run_rollout(recipe, arguments.split, arguments.tasks, arguments.out, progress)
+        run_rollout(recipe, arguments.split, arguments.tasks, arguments.out, progress.work)
     print(arguments.out)
     return 0
 
@@ -242,13 +261,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     with _progress() as progress:
         from sapwood.evaluate import run_eval
 
-        table = run_eval(recipe, adapter, arguments.tasks or recipe.eval.tasks, progress)
+        table = run_eval(recipe, adapter, arguments.tasks, progress.work)
     if arguments.json:
         print(json.dumps(table.to_json(), indent=2, sort_keys=True))
     else:
         from rich.console import Console
 
-        table.render(Console())
+        Console().print(table.render())
     return 0
 
 
@@ -279,16 +298,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     with _progress() as progress:
         from sapwood.evaluate import run_generate
 
-        run_generate(
+        replies = run_generate(
             model.model_copy(update=changes),
-            prompts=arguments.prompt,
-            system=arguments.system,
-            input=arguments.input,
-            out=arguments.out,
-            sampling=sampling,
-            seed=arguments.seed,
-            progress=progress,
+            arguments.prompt or (),
+            arguments.input,
+            arguments.out,
+            sampling,
+            arguments.seed,
+            progress.work,
         )
+    print(arguments.out if arguments.out else "\n\n".join(record["reply"] for record in replies))
     return 0
 
 
@@ -330,7 +349,7 @@ def _progress(json_lines: bool = False) -> Progress:
 KINDS = ("algorithm", "env", "engine", "reward", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": Command("Train a model by a recipe, into a new run folder.", _train_arguments, _train),
-    "rollout": Command("Play tasks with the untrained model and write what happened.", _rollout_arguments, _rollout),
+    "rollout": Command("Play tasks with the recipe's model and write what happened.", _rollout_arguments, _rollout),
     "eval": Command("Measure a model on held-out tasks, beside baselines.", _eval_arguments, _eval),
     "generate": Command("Reply to prompts with a model or a trained run.", _generate_arguments, _generate),
     "list": Command("List what a recipe can name.", _list_arguments, _list),

@@ -115,7 +115,10 @@ class ModelSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW, and what one step sees. token_budget: distinct tokens of a micro-batch; it never changes a gradient."""
+    """AdamW, and what one step sees. token_budget: distinct tokens of a micro-batch; it never changes a gradient.
+
+    max_gap: a run stops where sampler and trainer disagree by more nats a token (the k3 estimate of their KL).
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -125,6 +128,7 @@ class OptimSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_gap: Annotated[float, Field(gt=0)] = 0.1
     token_budget: Positive = 8192
     tasks_per_step: Positive = 4
 

@@ -17,7 +17,7 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Training reward, mean", (("reward", "reward"),)),
     ("Held-out return", (("eval/return", "trained model"),)),
     ("Entropy, nats a token", (("entropy", "entropy"),)),
-    ("Divergence, nats a token", (("kl", "KL to the reference"), ("gap", "sampler-trainer gap"))),
+    ("Divergence, nats a token", (("kl", "KL to the reference"), ("gap_k3", "sampler-trainer gap"))),
     ("Gradient norm", (("grad_norm", "gradient norm"),)),
     ("Learning rate", (("learning_rate", "learning rate"),)),
 )

@@ -17,7 +17,7 @@ SHOWN: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward", "{:.3f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("kl", "KL", "{:.2e}"),
-    ("gap", "gap", "{:.1e}"),
+    ("gap_k3", "gap", "{:.1e}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("learning_rate", "lr", "{:.1e}"),
     ("eval/return", "held-out", "{:.3f}"),
@@ -64,6 +64,18 @@ class Progress:
         """What is going on: "sampling", "learning", "evaluating" ..."""
         self._phase = name
         self._refresh()
+
+    def work(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` parts of a piece of work: held-out episodes, replies. Fits evaluate's `progress`."""
+        if not self._json and self._live is None and self._total == 0 and self._stream.isatty():
+            self._start_live("")
+        self._phase = f"{name} {done}/{total}"
+        if self._live is None and done == total and not self._json:
+            print(self._phase, file=self._stream, flush=True)
+        if self._total == 0 and self._live is not None:
+            self._bar.update(self._task, completed=done, total=total, phase=name)
+        else:
+            self._refresh()
 
     def step(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Step number `step` (from 1) is done."""

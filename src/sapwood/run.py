@@ -149,6 +149,19 @@ class Run:
                 packed.write((_dumps({"step": step, **record}) + "\n").encode())
         return self._write_bytes(self.path("samples", f"step_{step:06d}.jsonl.gz"), buffer.getvalue())
 
+    def abandon(self) -> bool:
+        """Remove the folder of a run that failed before it measured anything, so that its name is free again.
+
+        False, with the folder left alone, where there is something to keep.
+        """
+        kept = ("metrics.jsonl", "samples", "checkpoints")
+        if any((self.dir / name).exists() for name in kept):
+            return False
+        self.close()
+        with writing(self.dir):
+            shutil.rmtree(self.dir)
+        return True
+
     def saved(self) -> str:
         """What the folder holds so far, for a user who stopped the run."""
         metrics = self.dir / "metrics.jsonl"
