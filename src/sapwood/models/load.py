@@ -29,24 +29,37 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoraSection(Protocol):
     """The `model.lora` section of a recipe."""
 
-    rank: int
-    alpha: float | None
-    dropout: float
-    target_modules: str | Sequence[str]
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def dropout(self) -> float: ...  # noqa: D102
+    @property
+    def target_modules(self) -> str | Sequence[str]: ...  # noqa: D102
 
 
 class ModelSection(Protocol):
     """The `model` section of a recipe."""
 
-    name: str
-    init_from: Any
-    dtype: str
-    lora: Any
-    quantize: str
-    gradient_checkpointing: bool
-    device: str
-    trust_remote_code: bool
-    tree: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def init_from(self) -> Path | None: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def lora(self) -> LoraSection | None: ...  # noqa: D102
+    @property
+    def quantize(self) -> str: ...  # noqa: D102
+    @property
+    def gradient_checkpointing(self) -> bool: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def trust_remote_code(self) -> bool: ...  # noqa: D102
+    @property
+    def tree(self) -> bool: ...  # noqa: D102
 
 
 @dataclass
@@ -293,7 +306,7 @@ def _add_adapter(model: Any, lora: LoraSection, seed: int) -> Any:
         )
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (PEFT takes a float)
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
