@@ -58,3 +58,20 @@ def tokenizer(template: str = CHATML, eos: str = "<|im_end|>") -> PreTrainedToke
     made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|begin_of_text|>", eos_token=eos)
     made.chat_template = template
     return made
+
+
+@lru_cache
+def metaspace_tokenizer(template: str, scheme: str = "first") -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer: spaces are letters, a text begins with one, an end token eats what follows."""
+    alphabet = sorted({*"".join(_CORPUS), *"systemuraian\n.▁<|_>", *map(str, range(10))})
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    inner.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    specials = [AddedToken(t, special=True, normalized=False, rstrip=t == "<|im_end|>") for t in ("<unk>", *_SPECIALS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(_CORPUS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|begin_of_text|>", eos_token="<|im_end|>")
+    made.chat_template = template
+    return made

@@ -4,7 +4,7 @@ import pytest
 from sapwood.chat import Chat
 from sapwood.errors import DataError
 from sapwood.types import Message
-from tests.chats import CHATML, LLAMA, QWEN, STRICT, tokenizer
+from tests.chats import CHATML, LLAMA, QWEN, STRICT, metaspace_tokenizer, tokenizer
 
 OPENING = (Message("system", "you are in a room"), Message("user", " \nlook at the lamp\n"))
 ANSWERS = (("I guess 7", "too low"), ("  9 ", "the lamp is on.\n\n"), ("", "and?"))
@@ -35,6 +35,23 @@ def test_deltas_add_up_to_the_whole_conversation(template, end, ended):
         history += [*sampled, *chat.extend(sampled, ended, [Message("user", observation)])]
         messages += [Message("assistant", reply), Message("user", observation)]
         assert history == whole(tok, messages)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_deltas_of_tokenizers_that_look_beyond_their_segment(scheme, ended):
+    # They begin a text with a space of their own and eat white space after a special token, so a segment that is
+    # tokenised without its neighbours would come out differently.
+    tok = metaspace_tokenizer(CHATML, scheme)
+    chat = Chat(tok)
+    assert list(chat.start(OPENING)) == whole(tok, OPENING)
+    observation = Message("user", " the lamp is on")
+    conversation = whole(tok, [*OPENING, Message("assistant", "yes"), observation])
+    reply = np.array([*ids(tok, "yes"), tok.eos_token_id][: 99 if ended else -1])
+    delta = chat.extend(reply, ended, [observation])
+    assert list(delta) == conversation[len(conversation) - delta.size :]
+    before = conversation[: len(conversation) - delta.size]
+    assert (before[-1] == tok.eos_token_id) == ended
 
 
 def test_history_stays_as_it_was_sampled():

@@ -202,6 +202,18 @@ def test_run_rollout_writes_every_episode(recipe, tmp_path, monkeypatch):
         run_rollout(recipe, "train", 1, tmp_path / "file" / "r.jsonl")
 
 
+def test_seeds_do_not_depend_on_how_tasks_are_chunked(recipe, monkeypatch):
+    seeds: dict[int, list[int]] = {2: [], 64: []}
+    for chunk, seen in seeds.items():
+        engine = ScriptedEngine(TOK, lambda prompt, request, seen=seen: str(seen.append(request.seed)))
+        monkeypatch.setattr(evaluate, "CHUNK", chunk)
+        monkeypatch.setattr(evaluate, "build_engine", lambda *_, engine=engine: engine)
+        run_rollout(recipe, "train", 5)
+    # 5 tasks, 2 members, 2 turns
+    assert sorted(seeds[2]) == sorted(seeds[64])
+    assert len(set(seeds[2])) == 20
+
+
 def test_a_failed_rollout_leaves_the_old_file(recipe, tmp_path):
     out = tmp_path / "r.jsonl"
     out.write_text("before")

@@ -11,7 +11,7 @@ from sapwood.rewards import Reward
 from sapwood.rewards.env import EnvReward
 from sapwood.rollout import apply_rewards, collect, records, to_rows, turn_seed
 from sapwood.types import Group, StopReason, Task, Trajectory, Turn
-from tests.chats import tokenizer
+from tests.chats import CHATML, tokenizer
 from tests.worlds import Faulty, Guess
 
 TOK = tokenizer()
@@ -112,6 +112,8 @@ def test_budgets_truncate():
     context = first + 2 * (reply + delta) + 16 - 1
     [group] = play(Guess(), [task], ["1"], max_context=context)
     assert (len(group.trajectories[0].turns), group.trajectories[0].truncated) == (2, True)
+    [group] = play(Guess(), [task], ["1"], max_context=context + 1)
+    assert len(group.trajectories[0].turns) == 3
     with pytest.raises(BudgetError, match=rf"task 't': its first prompt has {first} tokens.*context of {first + 15}"):
         play(Guess(), [task], ["1"], max_context=first + 15)
     # The world's own time limit is a truncation too.
@@ -126,6 +128,19 @@ def test_a_reply_cut_by_length_is_closed_before_the_next_observation():
     first, second = group.trajectories[0].turns
     assert first.stop_reason is StopReason.LENGTH
     assert second.prompt_ids[0] == TOK.eos_token_id
+
+
+def test_whatever_ends_a_turn_of_the_template_stops_the_engine():
+    asked = []
+    tok = tokenizer(CHATML, "<|eot_id|>")  # a base model's eos differs from the end of turn
+    engine = ScriptedEngine(tok, lambda prompt, request: asked.append(request.sampling) or "9<|im_end|> and more")
+    task = Task("t", metadata={"answer": 9})
+    sampling = Sampling(stop_token_ids=(300,))
+    [group] = collect(Guess(), [task], 1, engine, Chat(tok), sampling, 0)
+    assert group.trajectories[0].turns[0].text == "9"
+    assert set(asked[0].stop_token_ids) == {300, *Chat(tok).end_token_ids}
+    collect(Guess(), [task], 1, engine, Chat(tok), sampling.model_copy(update={"ignore_eos": True}), 0, max_turns=1)
+    assert asked[-1].stop_token_ids == (300,)
 
 
 def test_every_faulty_environment_is_recorded_and_the_run_goes_on():

@@ -40,7 +40,7 @@ class _Guess(Env):
         self.task, self.family, self.count = task, family, 0
 
     def start(self):
-        return says("guess a number")
+        return says("guess a number", self.family.restart)  # nothing precedes it, so this drops nothing
 
     def step(self, reply):
         self.count += 1

@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tests.chats import tokenizer
 
 from sapwood.engines import Engine, Request, Sampling
 from sapwood.engines.check import check_engine
-from sapwood.engines.scripted import ScriptedEngine
+from sapwood.engines.scripted import OPTIONS, ScriptedEngine
 from sapwood.errors import BudgetError, EngineError
 from sapwood.types import StopReason
 
@@ -68,6 +70,19 @@ def test_tokens_per_step_spreads_a_reply_over_steps():
     engine.submit(request(0, episode="long"))  # x y z end: 4 steps
     engine.submit(request(1, episode="short"))  # x end: 2 steps
     assert [[c.request_id for c in engine.step()] for _ in range(5)] == [[], [1], [], [0], []]
+
+
+def test_closing_an_episode_drops_what_is_unfinished():
+    engine = ScriptedEngine(TOK, ["xyz"])
+    engine.submit(request(0, episode="kept"))
+    engine.submit(request(1, episode="left"))
+    engine.close("left")
+    assert [c.request_id for c in engine.step()] == [0]
+
+
+def test_a_policy_lends_its_tokenizer():
+    engine = ScriptedEngine(SimpleNamespace(tokenizer=TOK), **OPTIONS(reply=("one",)).model_dump())
+    assert TOK.decode(only(engine, request()).token_ids, skip_special_tokens=True) == "one"
 
 
 def test_bad_use():

@@ -5,6 +5,7 @@ import pytest
 from tests.chats import tokenizer
 from tests.worlds import Faulty, Guess
 
+from sapwood import rollout
 from sapwood.chat import Chat
 from sapwood.engines import Sampling
 from sapwood.engines.scripted import ScriptedEngine
@@ -74,6 +75,40 @@ def test_a_worker_is_reused():
         assert host.finish() != said[0]
         host.close()
         host.close()
+
+
+def test_more_episodes_than_processes(monkeypatch):
+    monkeypatch.setattr(rollout, "MAX_PROCESSES", 2)
+    names = ["fine", "raise-in-step", "a", "raise-in-start", "b", "c"]
+    groups = play(Faulty(), [Task(n) for n in names])
+    assert [bool(g.trajectories[0].error) for g in groups] == [False, True, False, True, False, False]
+    assert len({t.info["pid"] for g in groups for t in g.trajectories[0].turns if t.info}) == 2
+
+
+def test_an_interrupted_run_leaves_no_process():
+    pids = []
+
+    def interrupt(prompt, request):
+        pids.append(int(prompt.rsplit("process ", 1)[1].split("<")[0]))
+        if len(pids) == 3:
+            raise KeyboardInterrupt
+        return "a"
+
+    tok = tokenizer()
+    with pytest.raises(KeyboardInterrupt):
+        collect(
+            Faulty(),
+            [Task(str(i)) for i in range(4)],
+            1,
+            ScriptedEngine(tok, interrupt),
+            Chat(tok),
+            Sampling(),
+            0,
+        )
+    assert len(set(pids)) == 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_family_that_the_worker_cannot_make_is_an_error():

@@ -69,7 +69,7 @@ class ScriptedEngine(Engine):
         if self._max_context is not None and size > self._max_context:
             raise BudgetError(f"request {request.id}: its prompt of {size} tokens exceeds {self._max_context}")
         ids, reason = self._script(request)
-        self._running.append(_Running(request.id, ids, reason))
+        self._running.append(_Running(request.id, request.episode, ids, reason))
 
     def step(self) -> list[Completion]:
         """Advance every request by `tokens_per_step` tokens; the finished ones in order of submission."""
@@ -86,8 +86,9 @@ class ScriptedEngine(Engine):
         ]
 
     def close(self, episode: str) -> None:
-        """Forget how many turns the episode had."""
+        """Forget how many turns the episode had, and drop its unfinished requests."""
         self._turns.pop(episode, None)
+        self._running = [running for running in self._running if running.episode != episode]
 
     def load(self, policy: Any) -> None:
         """Note the policy; a script doesn't depend on it."""
@@ -124,6 +125,7 @@ class ScriptedEngine(Engine):
 @dataclass
 class _Running:
     request_id: int
+    episode: str
     ids: Ids
     reason: StopReason
     taken: int = 0
