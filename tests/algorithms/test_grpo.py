@@ -36,7 +36,7 @@ def groups_of(*groups: list[Trajectory]) -> list[Group]:
 
 def row(group: int, member: int, turn: tuple[int, ...] = (0, 0), **arrays: Any) -> Row:
     """A row whose scored tokens belong to these turns; a prompt of one token."""
-    packed = {name: np.asarray(values, np.float32) for name, values in arrays.items()}
+    packed: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in arrays.items()}
     return Row(
         token_ids=np.arange(len(turn) + 1),
         loss_mask=np.array([False] + [True] * len(turn)),
@@ -206,7 +206,8 @@ def test_kl_in_the_reward_is_summed_over_the_trajectory() -> None:
     assert metrics["kl_penalty"] == pytest.approx(0.1)  # (0.2 + 0) / 2
     assert metrics["reward"] == 0.5  # logged before the penalty
     # k2: (0.04 + 0.09 + 0.01) / 2 = 0.07, times 0.5 = 0.035: rewards 0.965 and 0.
-    kept, _ = GRPO(**options | {"kl_estimator": "k2"}).credit(groups, kl_rows())
+    k2: dict[str, Any] = options | {"kl_estimator": "k2"}
+    kept, _ = GRPO(**k2).credit(groups, kl_rows())
     assert kept[0].advantages == pytest.approx([0.4825] * 2, rel=1e-5)
 
 
