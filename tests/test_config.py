@@ -1,0 +1,320 @@
+"""Recipes: how files merge, and the sentence for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sapwood.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from sapwood.engines.scripted import ScriptedEngine
+from sapwood.envs.prompts import Prompts
+from sapwood.errors import ConfigError, UnknownPlugin
+
+BASE = """\
+run:
+  dir: runs/x
+  steps: 10
+env:
+  name: prompts
+  items: [{prompt: hi, answer: "1"}]
+algorithm:
+  name: grpo
+  group_size: 4
+engine: {name: scripted, max_new_tokens: 8}
+optim:
+  learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base.yaml", BASE)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def sentence(*arguments: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(*arguments)
+    return str(caught.value)
+
+
+# ---- what a good recipe gives ---------------------------------------------------------------------------------
+
+
+def test_defaults_are_filled_in_and_plugins_are_built(base: Path) -> None:
+    recipe = load_recipe(base)
+    assert recipe.model.name == "smollm2-135m"
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.alpha == 32.0  # 2 x rank 16
+    assert recipe.optim.learning_rate == 1e-4  # YAML 1.1 would read 1e-4, without a dot, as text
+    assert isinstance(recipe.build_env(), Prompts)
+    assert recipe.build_algorithm().model_dump()["group_size"] == 4
+    assert recipe.algorithm["baseline"] == "mean"  # an option that the file doesn't name
+    assert [type(reward).__name__ for reward in recipe.build_rewards()] == ["EnvReward"]
+    assert recipe.sampling().max_new_tokens == 8
+    assert recipe.sampling().temperature == 1.0
+
+
+def test_alpha_follows_the_rank_unless_given(base: Path) -> None:
+    def alpha(*overrides: str) -> float:
+        lora = load_recipe(base, overrides).model.lora
+        assert lora is not None
+        return lora.alpha
+
+    assert alpha("model.lora.rank=4") == 8.0
+    assert alpha("model.lora.rank=4", "model.lora.alpha=5") == 5.0
+
+
+def test_dump_loads_back_to_the_same_recipe(base: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(base, ["trackers=[tensorboard]", "optim.betas=[0.9,0.95]", "model.init_from=runs/y"])
+    text = dump_recipe(recipe)
+    again = load_recipe(write(tmp_path / "dumped.yaml", text))
+    assert again == recipe
+    assert dump_recipe(again) == text
+
+
+def test_a_mapping_and_a_file_give_the_same_recipe(base: Path) -> None:
+    data = yaml.safe_load(BASE)
+    data["optim"]["learning_rate"] = 1e-4
+    assert parse_recipe(data) == load_recipe(str(base))
+
+
+def test_a_run_folder_stands_for_its_recipe(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(folder / "recipe.yaml", dump_recipe(load_recipe(base)))
+    assert load_recipe(folder) == load_recipe(base)
+
+
+def test_a_recipe_is_immutable(base: Path) -> None:
+    recipe = load_recipe(base)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.run.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------
+
+
+def test_overlays_merge_deeply_and_the_last_wins(base: Path, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", "optim: {weight_decay: 0.1, betas: [0.5, 0.5]}\nrun: {seed: 3}")
+    second = write(tmp_path / "b.yaml", "optim: {betas: [0.1, 0.2]}")
+    recipe = load_recipe([base, first, second], ["run.seed=4"])
+    assert recipe.optim.learning_rate == 1e-4  # from base
+    assert recipe.optim.weight_decay == 0.1  # from a
+    assert recipe.optim.betas == (0.1, 0.2)  # lists replace
+    assert recipe.run.seed == 4
+
+
+def test_null_removes_and_a_later_key_brings_back(base: Path, tmp_path: Path) -> None:
+    assert load_recipe(base, ["model.lora=null"]).model.lora is None
+    overlay = write(tmp_path / "full.yaml", "model: {lora: null}")
+    lora = load_recipe([base, overlay], ["model.lora.rank=2"]).model.lora
+    assert lora is not None
+    assert lora.rank == 2
+
+
+def test_another_plugin_drops_the_options_of_the_earlier(base: Path, tmp_path: Path) -> None:
+    overlay = write(tmp_path / "hvac.yaml", "env: {name: hvac, horizon: 2}")
+    recipe = load_recipe([base, overlay])
+    assert recipe.env["horizon"] == 2
+    assert "items" not in recipe.env  # hvac would refuse it
+    same = write(tmp_path / "same.yaml", "algorithm: {name: grpo}")
+    assert load_recipe([base, same]).algorithm["group_size"] == 4
+
+
+def test_plugin_names_count_before_their_options_whatever_the_order(base: Path) -> None:
+    recipe = load_recipe(base, ["env.horizon=2", "env.name=hvac"])
+    assert recipe.env["horizon"] == 2
+
+
+def test_sampling_options_outlive_a_change_of_engine(base: Path, tmp_path: Path) -> None:
+    module = write(
+        tmp_path / "mine.py",
+        "from pydantic import BaseModel\n"
+        "from sapwood.engines.scripted import ScriptedEngine\n"
+        "class OPTIONS(BaseModel):\n    model_config = {'extra': 'forbid'}\n    speed: int = 3\n"
+        "class Mine(ScriptedEngine): pass\n",
+    )
+    recipe = load_recipe(base, [f"engine.name={module}:Mine", "engine.speed=5"])
+    assert recipe.sampling().max_new_tokens == 8
+    assert recipe.engine_options() == {"speed": 5}
+    back = load_recipe(base, ["engine.name=scripted"])
+    assert "speed" not in back.engine_options()
+    assert "did you mean 'speed'" in sentence(base, [f"engine.name={module}:Mine", "engine.sped=5"])
+
+
+def test_rewards_by_index(base: Path) -> None:
+    changed = load_recipe(base, ["rewards.0.weight=2"]).rewards
+    assert [(item["name"], item["weight"]) for item in changed] == [("env", 2.0)]
+    appended = load_recipe(base, ["rewards.1={name: exact_match, weight: 0.5}"]).build_rewards()
+    assert [reward.weight for reward in appended] == [1.0, 0.5]
+    renamed = load_recipe(base, ["rewards.0.weight=2", "rewards.0.name=exact_match"]).rewards
+    assert (renamed[0]["name"], renamed[0]["weight"]) == ("exact_match", 2.0)
+
+
+def test_short_forms(base: Path) -> None:
+    recipe = load_recipe(base, ["algorithm=grpo", "rewards=[env, exact_match]", "engine=scripted"])
+    assert recipe.algorithm["name"] == "grpo"
+    assert [item["name"] for item in recipe.rewards] == ["env", "exact_match"]
+
+
+def test_values_of_overrides_are_yaml(base: Path) -> None:
+    recipe = load_recipe(base, ['engine.stop=["a=b", "\\n"]', "optim.learning_rate=3e-5", "run.dir=runs/2026-01-01"])
+    assert recipe.sampling().stop == ("a=b", "\n")
+    assert recipe.optim.learning_rate == 3e-5
+    assert recipe.run.dir == Path("runs/2026-01-01")
+
+
+# ---- sentences -------------------------------------------------------------------------------------------------
+
+OVERRIDES = [
+    ("algoritm=grpo", "override algoritm=grpo: unknown key 'algoritm'; did you mean 'algorithm'?"),
+    ("optim.learnin_rate=1", "unknown key 'learnin_rate' in optim; did you mean 'learning_rate'?"),
+    ("optim.zzz=1", "unknown key 'zzz' in optim; known are betas, eps, learning_rate,"),
+    ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'optim.learning_rate'?"),
+    ("model.lora.rnk=1", "unknown key 'rnk' in model.lora; did you mean 'rank'?"),
+    ("algorithm.group_sise=2", "unknown key 'group_sise' in algorithm; did you mean 'group_size'?"),
+    ("env.itms=2", "unknown key 'itms' in env; did you mean 'items'?"),
+    ("engine.temprature=2", "unknown key 'temprature' in engine; did you mean 'temperature'?"),
+    ("rewards.0.wieght=2", "unknown key 'wieght' in rewards.0; did you mean 'weight'?"),
+    ("optim.learning_rate=fast", "optim.learning_rate is 'fast'; it should be a valid number"),
+    ("optim.learning_rate=0", "optim.learning_rate is 0; it should be greater than 0"),
+    ("optim.betas=[0.9]", "optim.betas.1 is missing"),
+    ("run.steps=0", "run.steps is 0; it should be greater than or equal to 1"),
+    ("run.steps=2.5", "run.steps is 2.5; it should be a valid integer"),
+    ("run.steps=yes", "run.steps is True; it should be a number"),
+    ("run.steps=", "run.steps is null; it should be a valid integer"),
+    ("run.seed=-1", "run.seed is -1; it should be greater than or equal to 0"),
+    ("run.epochs=2", "run.epochs and run.steps are both given; keep run.steps"),
+    ("run=5", "run is 5; it should be a mapping of keys and values"),
+    ("model.dtype=bf16", "it should be 'auto', 'float32', 'bfloat16' or 'float16' (did you mean 'bfloat16'?)"),
+    ("model.device=gpu", "model.device is 'gpu'; it should be 'auto', 'cpu' or 'cuda'"),
+    ("model.trust_remote_code=1", "model.trust_remote_code is 1; it should be a valid boolean"),
+    ("model.lora.dropout=1", "model.lora.dropout is 1; it should be less than 1"),
+    ("model.lora.target_modules=3", "model.lora.target_modules is 3; it should be 'all-linear' or a list"),
+    ("eval.tasks=0", "eval.tasks is 0; it should be greater than or equal to 1"),
+    ("optim.warmup_steps=20", "optim.warmup_steps (20) is more than run.steps (10)"),
+    ("optim.min_learning_rate=1", "optim.min_learning_rate (1) is above optim.learning_rate (0.0001)"),
+    ("trackers.0=wandb", "trackers.0 is 'wandb'; it should be 'tensorboard'"),
+    ("trackers=tensorboard", "trackers is 'tensorboard'; it should be a list"),
+    ("rewards=[]", "rewards is empty, so nothing would be learnt"),
+    ("rewards.5.weight=1", "'5' is no entry of the list; its entries are 0 to 0"),
+    ("rewards.x.weight=1", "'x' is no entry of the list"),
+    ("rewards.0.name=null", "rewards.0.name is missing; known: "),
+    ("env.name=null", "env.name is missing; known: "),
+    ("algorithm.group_size=1", "override algorithm.group_size=1: group_size 1"),
+    ("engine.top_p=0", "engine.top_p is 0; it should be greater than 0"),
+    ("engine.max_new_tokens=0", "engine.max_new_tokens is 0; it should be greater than or equal to 1"),
+    ("engine=[", "override 'engine=[': the value is not valid YAML"),
+    ("=3", "override '=3': write it as section.key=value"),
+    ("optim..x=3", "override 'optim..x=3': write it as section.key=value"),
+    ("optim", "override 'optim': write it as section.key=value"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), OVERRIDES, ids=[text for text, _ in OVERRIDES])
+def test_a_bad_override_is_refused_by_a_sentence(base: Path, text: str, expected: str) -> None:
+    told = sentence(base, [text])
+    assert expected in told
+    assert told.startswith((f"override {text}: ", f"override {text!r}: "))
+    assert "\n" not in told
+    assert told.endswith((".", "?"))
+
+
+PLUGINS = [
+    ("algorithm.name=grop", "unknown algorithm 'grop'; did you mean 'grpo'?"),
+    ("env.name=hvca", "unknown env 'hvca'; did you mean 'hvac'?"),
+    ("engine.name=scriptd", "unknown engine 'scriptd'; did you mean 'scripted'?"),
+    ("rewards.0.name=exactmatch", "unknown reward 'exactmatch'; did you mean 'exact_match'?"),
+    ("env.name=no_such_package.module:Env", "no module 'no_such_package'; is it installed?"),
+    ("env.name=nowhere/env.py:Env", "no file 'nowhere/env.py'"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), PLUGINS, ids=[text for text, _ in PLUGINS])
+def test_an_unknown_plugin_is_refused_with_its_place(base: Path, text: str, expected: str) -> None:
+    with pytest.raises(UnknownPlugin) as caught:
+        load_recipe(base, [text])
+    assert str(caught.value).startswith(f"override {text}: ")
+    assert expected in str(caught.value)
+
+
+def test_a_class_of_the_wrong_kind_is_refused(base: Path) -> None:
+    told = sentence(base, ["env=sapwood.engines.scripted:ScriptedEngine"])
+    assert "is not a class derived from sapwood.envs.EnvFamily" in told
+    told = sentence(base, ["engine=sapwood.envs.prompts:Prompts"])
+    assert "is not a class derived from sapwood.engines.Engine" in told
+    assert "has no 'Nothing'" in sentence(base, ["env=sapwood.envs.prompts:Nothing"])
+    assert ScriptedEngine.__module__ == "sapwood.engines.scripted"
+
+
+FILES = [
+    ("", "bad.yaml: the recipe is empty"),
+    ("# only a comment\n", "bad.yaml: the recipe is empty"),
+    ("- a\n- b\n", "bad.yaml: a recipe is a mapping of sections"),
+    ("just text\n", "bad.yaml: a recipe is a mapping of sections"),
+    ("run: {dir: x\noptim: 3\n", "bad.yaml line 2: not valid YAML"),
+    ("run:\n\tdir: x\n", "bad.yaml line 2: not valid YAML"),
+    ("run: !!python/object/apply:os.system [ls]\n", "bad.yaml line 1: not valid YAML"),
+    ("run: {dir: x}\noptim: {eps: 1}\nrun: {dir: y}\n", "bad.yaml line 3: run was already set on line 1"),
+    ("optim:\n  eps: 1\n  eps: 2\n", "bad.yaml line 3: optim.eps was already set on line 2"),
+    (BASE.replace("algorithm:", "algoritm:"), "bad.yaml line 7: unknown key 'algoritm'; did you mean 'algorithm'?"),
+    (BASE.replace("steps: 10", "steps: ten"), "bad.yaml line 3: run.steps is 'ten'; it should be a valid integer"),
+    (BASE.replace("  steps: 10\n", ""), "bad.yaml line 1: run.steps is missing."),
+    (BASE.replace("  steps: 10\n", "  epochs: 1\n"), "bad.yaml line 3: run.epochs counts passes over data"),
+    (BASE.replace("group_size: 4", "group_size: 1"), "bad.yaml line 9: group_size 1"),
+    (BASE.replace("  name: grpo\n", ""), "bad.yaml line 7: algorithm.name is missing; known: "),
+    (BASE + "model: {lora: null, quantize: 4bit}\n", "quantised weights can't be trained"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES)
+def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in sentence(write(tmp_path / "bad.yaml", text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, base: Path) -> None:
+    assert sentence(tmp_path / "bse.yaml") == f"{tmp_path}/bse.yaml: no such recipe; did you mean {str(base)!r}?"
+    assert "no such recipe" in sentence(tmp_path / "no" / "folder.yaml")
+    assert "recipe.yaml: no such recipe" in sentence(tmp_path)  # a folder that is no run
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in sentence(binary)
+    assert "no recipe given" in sentence([])
+
+
+def test_every_mistake_is_told_at_once(base: Path) -> None:
+    told = sentence(base, ["run.steps=0", "optim.eps=x", "modle.name=3"]).split("\n")
+    assert len(told) == 3
+
+
+def test_an_error_in_an_overlay_names_the_overlay(base: Path, tmp_path: Path) -> None:
+    overlay = write(tmp_path / "over.yaml", "# comment\noptim:\n  schedule: cosin\n")
+    told = sentence([base, overlay])
+    assert told.startswith(f"{overlay} line 3: optim.schedule is 'cosin'")
+    assert "did you mean 'cosine'?" in told
+
+
+def test_recursive_yaml_ends(tmp_path: Path) -> None:
+    assert "algorithm is missing" in sentence(write(tmp_path / "loop.yaml", "env: &a {name: prompts, items: *a}\n"))
+
+
+def test_greedy_sampling_cannot_train(base: Path) -> None:
+    load_recipe(base).check_trainable()
+    with pytest.raises(ConfigError, match=r"engine\.temperature is 0: greedy replies"):
+        load_recipe(base, ["engine.temperature=0"]).check_trainable()
+
+
+def test_a_recipe_made_by_hand_refuses_when_it_builds() -> None:
+    recipe = Recipe.model_validate(
+        {"run": {"dir": "x", "steps": 1}, "env": {"name": "prompts", "itms": []}, "algorithm": "grpo"}
+    )
+    with pytest.raises(ConfigError, match="unknown key 'itms' in env"):
+        recipe.build_env()
