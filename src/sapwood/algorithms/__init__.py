@@ -26,8 +26,8 @@ class Algorithm(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(1, ge=1, description="passes over each batch of rollouts")
-    updates: int = Field(1, ge=1, description="optimiser steps that each pass is split into")
+    epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
+    updates: int = Field(default=1, ge=1, description="optimiser steps that each pass is split into")
 
     @property
     def attempts(self) -> int:
