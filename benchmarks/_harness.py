@@ -200,7 +200,7 @@ class Worker:
             self._stop()
             raise TimedOut(self.name, timeout) from None
         if answer is None:
-            raise BenchmarkError(f"{self.name} failed: {_last_line(self.log.read_text())} (log: {self.log})")
+            raise BenchmarkError(f"{self.name} failed: {_last_line(self.log.read_text())} (log: {self.log.name})")
         if answer.pop("event") != event:
             raise BenchmarkError(f"{self.name} answered out of turn")
         return answer
@@ -371,7 +371,7 @@ def publish(file: str, rows: Sequence[Row], options: Options) -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{file}.json"
-    key = ("name", "dtype", "shape")
+    key = ("name", "dtype")
     fresh = [asdict(row) for row in rows]
     measured = {tuple(row[k] for k in key) for row in fresh}
     kept = [row for row in read_rows(path) if tuple(row[k] for k in key) not in measured]

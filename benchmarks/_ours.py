@@ -193,7 +193,7 @@ def tree_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     return measure, facts()
 
 
-def matmul_peak(dtype: torch.dtype, nodes: int, seconds: float = 1.0) -> float:
+def matmul_peak(dtype: torch.dtype, nodes: int, seconds: float = 0.4) -> float:
     """The most FLOP/s that torch.mm reaches over square matrices and the shapes of this model's layers."""
     best = 0.0
     for n, k, m in [(s, s, s) for s in (1024, 2048)] + [(nodes, 576, 1536), (nodes, 1536, 576), (1024, 576, 49152)]:

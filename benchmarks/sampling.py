@@ -15,6 +15,9 @@ from _workload import STEP, TINY, Shape, workload
 
 PEERS = ("generate", "vllm")
 
+#: Row name -> the variants of the peer that compete for it.
+Contests = dict[str, list[str]]
+
 
 def best(outcome: Outcome, labels: list[str]) -> str | None:
     """The fastest of these variants by median rate, None if none was measured."""
@@ -22,16 +25,14 @@ def best(outcome: Outcome, labels: list[str]) -> str | None:
     return max(measured, key=measured.__getitem__) if measured else None
 
 
-def versus_generate(
-    ours: Side, spec: dict[str, Any], rounds: int, limit: float
-) -> tuple[Outcome, dict[str, list[str]]]:
+def versus_generate(ours: Side, spec: dict[str, Any], rounds: int, limit: float) -> tuple[Outcome, Contests]:
     """Measurements, and which variants compete for which row."""
     variants = {kind: {"attention": kind} for kind in ("sdpa", "eager")}
     outcome = take_turns([ours, Side("generate", "peers/hf_generate.py", spec, variants)], rounds, limit)
     return outcome, {"sampling_vs_generate": list(variants)}
 
 
-def versus_vllm(ours: Side, spec: dict[str, Any], rounds: int, limit: float) -> tuple[Outcome, dict[str, list[str]]]:
+def versus_vllm(ours: Side, spec: dict[str, Any], rounds: int, limit: float) -> tuple[Outcome, Contests]:
     """Measurements, and which variants compete for which row."""
     sides = [ours]
     for mode in ("eager", "compiled"):

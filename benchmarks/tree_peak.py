@@ -35,6 +35,7 @@ def measure(dtype: str, options: Options) -> list[Row]:
     achieved = [flops["total"] / seconds / 1e9 for seconds in outcome.seconds("ours")]
     peak = max(result["peak_flops"] for result in outcome.results["ours"]) / 1e9
     shares = ", ".join(f"{part} {100 * n / flops['total']:.0f} %" for part, n in flops.items() if part != "total")
+    tokens = f"{shape.shared} + {shape.prompts}x{shape.own} + {shape.rows}x{shape.new_tokens}"
     note = (
         f"{flops['total'] / 1e9:,.0f} GFLOP counted: {shares}; linear layers forward and gradient of the input only "
         f"(frozen weights), attention by exact (query, key) pairs, LM head on {heads} scored positions, "
@@ -45,7 +46,7 @@ def measure(dtype: str, options: Options) -> list[Row]:
             ours=max(achieved),
             peer=peak,
             ratio=rate_ratio(max(achieved), peak),
-            shape=f"{shape.shared} + {shape.prompts}x{shape.own} + {shape.rows}x{shape.new_tokens} = {len(depths)} tokens",
+            shape=f"{tokens} = {len(depths):,} tokens",
             note="; ".join([note, *outcome.reasons]),
             samples={"ours": achieved},
             **common,
