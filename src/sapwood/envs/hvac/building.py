@@ -7,7 +7,9 @@ and SustainGym (Yeh et al. 2023), written from their equations. Where those sour
 this follows the equations:
 
 - the shared edge of two zones uses both zones' Y range;
-- the linear people term acts on the rows of the zones where people are;
+- people heat the zones where they are, and all of their heat is held over a step. The sources put its linear part,
+  +7.14 W/K a person, into the state matrix (SustainGym on every zone's row); with the models' own occupants that
+  alone makes 11 of the 16 networks unstable, although people give off less heat the warmer it is;
 - winter ground temperatures keep their minus sign, and are derived from the station at hand;
 - solar gain does not depend on the time step: the share of irradiance that counts is `shgc_weight` = 0.12 at every
   step, which is what theirs amounts to at their default of 300 s (0.01 / (300 / 3600));
@@ -38,9 +40,8 @@ Matrix = NDArray[np.float64]
 DATA = Path(__file__).parent / "data"
 AIR_HEAT_CAPACITY = 1000.0  # J/kgK
 AIR_DENSITY = 1.225  # kg/m3
-#: Coefficient of T in the sensible heat of a person [W/K], `person_heat`: it lives in the state matrix.
-PERSON_LINEAR = 7.139322
 METABOLIC_RATE = 120.0  # W/person
+PERSON_RANGE = (0.0, 45.0)  # degC
 TOUCH = 0.011  # m: zone bounds are rounded to a centimetre
 
 BUILDINGS = (
@@ -181,10 +182,10 @@ def floor_conductances(zones: tuple[Zone, ...], u: UValues) -> Matrix:
 
 @dataclass(frozen=True)
 class Thermal:
-    """Continuous model dT/dt = A T + B u, with inputs u = [people heat, T_ground, T_out, power_1..n, sun].
+    """Continuous model dT/dt = A T + B u, with inputs u = [person heat, T_ground, T_out, power_1..n, sun].
 
-    a [n, n] (1/s); b [n, n + 4]; people heat in W a person beyond the linear term; power in -1..1; sun in 0..1
-    of `sun_scale` W/m2.
+    a [n, n] (1/s); b [n, n + 4]; person heat in W for each of the nominal occupants; power in -1..1; sun in 0..1 of
+    `sun_scale` W/m2.
     """
 
     a: Matrix
@@ -205,14 +206,12 @@ def thermal(
     shgc: float = 0.252,
     shgc_weight: float = 0.12,
     ground_weight: float = 0.5,
-    occupied: bool = False,
 ) -> Thermal:
     """The thermal network of a building.
 
     max_power: W a zone at power 1; powered [n]: zones that the actions reach; sun_scale: largest irradiance of the
     year [W/m2]; shgc: solar heat gain coefficient of the windows; shgc_weight: share of the horizontal irradiance
-    that counts for them; ground_weight: share of the slab that touches the ground; occupied: nominal occupants
-    are present, each giving off `person_heat` of the mean zone temperature.
+    that counts for them; ground_weight: share of the slab that touches the ground.
     """
     zones, u, n = building.zones, building.u, len(building.zones)
     capacity = np.array([zone.capacity for zone in zones])
@@ -224,11 +223,10 @@ def thermal(
     lowest = min(zone.z[0] for zone in zones)
     slab = np.array([zone.floor_area if zone.z[0] <= lowest + TOUCH else 0.0 for zone in zones])
     ground = slab * u.groundfloor * ground_weight
-    people = np.array([zone.people for zone in zones]) * float(occupied)
+    people = np.array([zone.people for zone in zones])
 
     a_matrix = between / capacity[:, None]
     a_matrix[np.diag_indices(n)] = -(between.sum(axis=1) + outdoors + ground) / capacity
-    a_matrix += (people / capacity * PERSON_LINEAR / n)[:, None]
     sun = np.array([zone.window for zone in zones]) * shgc * shgc_weight * sun_scale
     power = np.diag(max_power * powered)
     b_matrix = np.column_stack([people, ground, outdoors, power, sun]) / capacity[:, None]
@@ -249,18 +247,21 @@ def zero_order_hold(a: Matrix, b: Matrix, time_res: float) -> tuple[Matrix, Matr
 
 
 def person_heat(temperature: float, metabolic_rate: float = METABOLIC_RATE) -> float:
-    """Sensible heat of a person [W] at a zone temperature [degC], without its linear term PERSON_LINEAR * T.
+    """Sensible heat of a person [W] at a zone temperature [degC]; metabolic_rate in W a person.
 
-    EnergyPlus' polynomial (Engineering Reference, Internal Gains: People); metabolic_rate in W a person.
+    EnergyPlus' polynomial (Engineering Reference, Internal Gains: People), used within 0..45 degC, where at the
+    default rate it falls from 120 W to nothing.
     """
-    m, t = metabolic_rate, temperature
-    return (
+    m, t = metabolic_rate, min(max(temperature, PERSON_RANGE[0]), PERSON_RANGE[1])
+    heat = (
         6.461927
         + 0.946892 * m
         + 2.55737e-5 * m * m
+        + 7.139322 * t
         - 0.0627909 * t * m
         + 5.89172e-5 * t * m * m
         - 0.19855 * t * t
         + 9.40018e-4 * t * t * m
         - 1.49532e-6 * t * t * m * m
     )
+    return max(heat, 0.0)

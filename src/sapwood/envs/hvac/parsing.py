@@ -16,7 +16,7 @@ FALLBACK = 0.0
 # Every quantifier is bounded and no two neighbours match the same character, so no reply makes these slow.
 _OBJECT = re.compile(r"\{[^{}]{0,4000}\}")
 _LIST = re.compile(r"\[[^\[\]{}]{0,4000}\]")
-_NUMBER_PATTERN = r"[-+]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][-+]?\d{1,4})?(?!\w|\.\w)"
+_NUMBER_PATTERN = r"[-+]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][-+]?[0-9]{1,4})?(?!\w|\.\w)"
 _NUMBER = re.compile(_NUMBER_PATTERN)
 _LABELLED = re.compile(rf"power[\s\"'`*:=]{{1,12}}({_NUMBER_PATTERN})", re.IGNORECASE)
 _LABELLED_MANY = re.compile(r"power[\s\"'`*:=]{1,12}[\[(]([^\[\](){}]{0,4000})[\])]", re.IGNORECASE)

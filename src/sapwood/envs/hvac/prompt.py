@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,12 +89,15 @@ def _past(record: Record) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A state in words, the one-step-optimal reply and its physical reward."""
+    """A state in words, the one-step-optimal reply and its physical reward.
+
+    start: the simulator's reset options that lead to the state.
+    """
 
     state: str
     reply: str
     reward: float
-    day: int
+    start: Mapping[str, Any]
 
 
 def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tuple[Example, ...]:
@@ -110,12 +114,13 @@ def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tu
     for index in range(EXAMPLE_POOL):
         day = int(days[index * len(days) // EXAMPLE_POOL])
         hour = int(rng.integers(24))
-        env.reset(options={"day": day, "hour": hour, "initial_temperature": start_temperatures(env, rng, spread)})
+        start = {"day": day, "hour": hour, "initial_temperature": start_temperatures(env, rng, spread).tolist()}
+        env.reset(options=start)
         state = describe(env)
         action = np.round(one_step_optimal(env), 2)
         powers = action if env.control == "uniform" else action[on]
         reward = env.step(action.astype(np.float32))[1]
-        pool.append((float(powers.mean()), Example(state, answer(powers.tolist()), reward, day)))
+        pool.append((float(powers.mean()), Example(state, answer(powers.tolist()), reward, start)))
     pool.sort(key=lambda item: item[0])
     chosen = [pool[(2 * i + 1) * len(pool) // (2 * count)][1] for i in range(count)]
     # Neighbours in the prompt should differ, or a small model copies the last one.

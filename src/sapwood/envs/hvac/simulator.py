@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sapwood.envs.hvac.building import (
-    PERSON_LINEAR,
     Building,
     load_building,
     person_heat,
@@ -38,8 +37,8 @@ START_RANGE = (-40.0, 60.0)
 class Physics:
     """What `HvacEnv` precomputes from its options; shared by all environments with the same ones. Read-only.
 
-    a_d [2, n, n], b_d [2, n, n + 4]: one step, vacant and occupied; outdoor, ground, sun [steps of the year]; sun in
-    0..1; powered [n] 0 or 1; low, high [n]: bounds that no sequence of actions leaves.
+    a_d [n, n], b_d [n, n + 4]: one step; outdoor, ground, sun [steps of the year], sun in 0..1; powered [n] 0 or 1;
+    people: occupants in all; low, high [n]: bounds that no sequence of actions leaves.
     """
 
     building: Building
@@ -51,7 +50,7 @@ class Physics:
     ground: NDArray[np.float64]
     sun: NDArray[np.float64]
     powered: NDArray[np.float64]
-    people: NDArray[np.float64]
+    people: float
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
@@ -85,35 +84,32 @@ def physics(
     outdoor, ghi, ground = weather.sampled(time_res)
     on = np.ones(len(plan.zones)) if powered == "all" else plan.conditioned.astype(np.float64)
     sun_scale = max(float(weather.ghi.max()), 1.0)
-    steps, bounds = [], []
-    for occupied in (False, True):
-        network = thermal(
-            plan,
-            max_power=max_power,
-            powered=on,
-            sun_scale=sun_scale,
-            shgc=shgc,
-            shgc_weight=shgc_weight,
-            ground_weight=ground_weight,
-            occupied=occupied,
-        )
-        if np.linalg.eigvals(network.a).real.max() >= 0.0:
-            raise ConfigError(f"building {plan.name!r}: a zone exchanges no heat with outdoors, even through others.")
-        steps.append(zero_order_hold(network.a, network.b, time_res))
-        bounds.append(_bounds(network.a, network.b, outdoor, ground))
+    network = thermal(
+        plan,
+        max_power=max_power,
+        powered=on,
+        sun_scale=sun_scale,
+        shgc=shgc,
+        shgc_weight=shgc_weight,
+        ground_weight=ground_weight,
+    )
+    if np.linalg.eigvals(network.a).real.max() >= -1e-12:
+        raise ConfigError(f"building {plan.name!r}: a zone exchanges no heat with outdoors, even through others.")
+    a_d, b_d = zero_order_hold(network.a, network.b, time_res)
+    low, high = _bounds(network.a, network.b, outdoor, ground)
     return Physics(
         building=plan,
         weather=weather,
         time_res=time_res,
-        a_d=np.stack([a for a, _ in steps]),
-        b_d=np.stack([b for _, b in steps]),
+        a_d=a_d,
+        b_d=b_d,
         outdoor=outdoor,
         ground=ground,
         sun=ghi / sun_scale,
         powered=on,
-        people=np.array([zone.people for zone in plan.zones]),
-        low=np.minimum(bounds[0][0], bounds[1][0]),
-        high=np.maximum(bounds[0][1], bounds[1][1]),
+        people=sum(zone.people for zone in plan.zones),
+        low=low,
+        high=high,
     )
 
 
@@ -126,9 +122,14 @@ def _bounds(
     stay between them.
     """
     n = a.shape[0]
-    heat = [person_heat(t) for t in np.linspace(*START_RANGE, 21)]
-    lows = [min(heat), min(START_RANGE[0], ground.min()), min(START_RANGE[0], outdoor.min()), *[-1.0] * n, 0.0]
-    highs = [max(heat), max(START_RANGE[1], ground.max()), max(START_RANGE[1], outdoor.max()), *[1.0] * n, 1.0]
+    lows = [0.0, min(START_RANGE[0], ground.min()), min(START_RANGE[0], outdoor.min()), *[-1.0] * n, 0.0]
+    highs = [
+        person_heat(START_RANGE[0]),
+        max(START_RANGE[1], ground.max()),
+        max(START_RANGE[1], outdoor.max()),
+        *[1.0] * n,
+        1.0,
+    ]
     steady = -np.linalg.inv(a) @ b
     return steady @ np.array(lows, np.float64), steady @ np.array(highs, np.float64)
 
@@ -194,9 +195,9 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         width = 1 if control == "uniform" else self.zones
         self.action_space = gym.spaces.Box(-1.0, 1.0, (width,), np.float32)
         self.observation_space = self._observation_space()
-        # [A_d | B_d], vacant and occupied, so that a step is one product with [T, u].
-        self._step_matrix = np.concatenate([self.physics.a_d, self.physics.b_d], axis=2)
-        self._drive = np.zeros(2 * self.zones + 4)  # [T (n), people heat, ground, outdoor, power (n), sun]
+        # [A_d | B_d], so that a step is one product with [T, u].
+        self._step_matrix = np.concatenate([self.physics.a_d, self.physics.b_d], axis=1)
+        self._drive = np.zeros(2 * self.zones + 4)  # [T (n), person heat, ground, outdoor, power (n), sun]
         self._step_index = 0
         self._start = 0
         self._occupied = self._schedule()
@@ -204,12 +205,15 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     def _observation_space(self) -> gym.spaces.Space[NDArray[np.float32]]:
         p = self.physics
-        present = p.people.sum() if self.occupancy != "none" else 0.0
-        heat = [person_heat(t) + PERSON_LINEAR * t for t in np.linspace(p.low.min(), p.high.max(), 101)]
-        heat_low, heat_high = present * min(0.0, *heat) / 1000.0, present * max(0.0, *heat) / 1000.0
         # One unit of room: float32 rounding must not put a temperature outside.
-        low = [*(p.low - 1.0), p.outdoor.min() - 1.0, p.ground.min() - 1.0, 0.0, heat_low - 1.0]
-        high = [*(p.high + 1.0), p.outdoor.max() + 1.0, p.ground.max() + 1.0, 1.0, heat_high + 1.0]
+        low = [*(p.low - 1.0), p.outdoor.min() - 1.0, p.ground.min() - 1.0, 0.0, 0.0]
+        high = [
+            *(p.high + 1.0),
+            p.outdoor.max() + 1.0,
+            p.ground.max() + 1.0,
+            1.0,
+            p.people * person_heat(START_RANGE[0]) / 1000.0 + 1.0,
+        ]
         bounds = np.array([low, high], np.float32)
         return cast(gym.spaces.Space[NDArray[np.float32]], gym.spaces.Box(bounds[0], bounds[1], dtype=np.float32))
 
@@ -270,7 +274,7 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def people_present(self) -> float:
         """People in the building in the current step."""
         occupied = self._occupied[self.time % self.physics.steps_per_day]
-        return float(self.physics.people.sum()) * occupied
+        return self.physics.people * occupied
 
     def _observe(self) -> NDArray[np.float32]:
         """The observation at the current time; also sets the inputs that hold over the next step."""
@@ -283,11 +287,8 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         observation[n] = drive[n + 2]
         observation[n + 1] = drive[n + 1]
         observation[n + 2] = drive[2 * n + 3]
-        observation[n + 3] = 0.0
-        if self._occupied[time % p.steps_per_day]:
-            mean = float(drive[:n].mean())
-            drive[n] = person_heat(mean)
-            observation[n + 3] = p.people.sum() * (drive[n] + PERSON_LINEAR * mean) / 1000.0
+        drive[n] = person_heat(float(drive[:n].mean())) if self._occupied[time % p.steps_per_day] else 0.0
+        observation[n + 3] = p.people * drive[n] / 1000.0
         return observation
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -299,8 +300,7 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         else:
             np.clip(action, -1.0, 1.0, out=power)
             np.multiply(power, self.physics.powered, out=power)
-        occupied = self._occupied[self.time % self.physics.steps_per_day]
-        temperatures = self._step_matrix[occupied] @ drive
+        temperatures = self._step_matrix @ drive
         energy = self._norm(power)
         drive[:n] = temperatures
         error = temperatures - self.target
@@ -327,8 +327,7 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         T' = free + gain @ action, for actions in -1..1.
         """
         n = self.zones
-        occupied = self._occupied[self.time % self.physics.steps_per_day]
-        matrix = self._step_matrix[occupied]
+        matrix = self._step_matrix
         drive = self._drive.copy()
         drive[n + 3 : 2 * n + 3] = 0.0
         gain = matrix[:, n + 3 : 2 * n + 3] * self.physics.powered
