@@ -11,10 +11,10 @@ from rich.console import Console
 from sapwood import evaluate
 from sapwood.chat import Chat
 from sapwood.config import ModelSection
-from sapwood.engines import Sampling
+from sapwood.engines import Request, Sampling
 from sapwood.engines.scripted import ScriptedEngine
 from sapwood.envs.prompts import Prompts
-from sapwood.errors import ConfigError, DataError, StorageError
+from sapwood.errors import BudgetError, ConfigError, DataError, StorageError
 from sapwood.evaluate import (
     EvalResult,
     EvalTable,
@@ -30,6 +30,7 @@ from sapwood.evaluate import (
 )
 from sapwood.types import Group, StopReason, Task, Trajectory, Turn
 from tests.chats import CHATML, LLAMA, tokenizer
+from tests.conftest import tiny_model
 from tests.worlds import Guess
 
 TOK = tokenizer()
@@ -214,11 +215,11 @@ def test_seeds_do_not_depend_on_how_tasks_are_chunked(recipe, monkeypatch):
     assert len(set(seeds[2])) == 20
 
 
-def test_a_failed_rollout_leaves_the_old_file(recipe, tmp_path):
+def test_a_failed_rollout_leaves_the_old_file(recipe, tmp_path, monkeypatch):
     out = tmp_path / "r.jsonl"
     out.write_text("before")
-    recipe.engine_options = lambda: {"reply": ("1",), "max_context": 1}
-    with pytest.raises(Exception, match="exceeds"):
+    monkeypatch.setattr(evaluate, "build_engine", lambda *_: ScriptedEngine(TOK, ["1"], max_context=1))
+    with pytest.raises(BudgetError, match="exceeds 1"):
         run_rollout(recipe, "train", 1, out)
     assert out.read_text() == "before"
 
@@ -231,7 +232,7 @@ def test_run_generate_replies_in_order(recipe, tmp_path, monkeypatch):
         said.append(request.seed)
         return prompt.rsplit("user\n", 1)[1].split("<|im_end|>")[0].upper()
 
-    monkeypatch.setattr(evaluate.plugins, "load", lambda kind, name: lambda policy: ScriptedEngine(TOK, echo))
+    monkeypatch.setattr(evaluate, "_make_engine", lambda name, policy, options: ScriptedEngine(TOK, echo))
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"q": q}) + "\n" for q in "abc"))
     out = tmp_path / "out.jsonl"
@@ -245,6 +246,30 @@ def test_run_generate_replies_in_order(recipe, tmp_path, monkeypatch):
     for bad in ({}, {"prompts": ["x"], "input_path": source}):
         with pytest.raises(ConfigError, match="either prompts or an input file"):
             run_generate("smollm2-135m", **bad)
+
+
+def test_every_kind_of_engine_can_be_made(monkeypatch):
+    class Bare(ScriptedEngine):
+        """An engine without options."""
+
+        def __init__(self, policy, tokenizer):
+            super().__init__(tokenizer, [policy.motto])
+
+    monkeypatch.setattr(evaluate.plugins, "load", lambda kind, name: Bare)
+    policy = SimpleNamespace(tokenizer=TOK, motto="on", max_context=64)
+    engine = evaluate.build_engine(Recipe(engine={"name": "x:Bare"}), policy)  # type: ignore[arg-type]
+    assert isinstance(engine, Bare)
+
+
+def test_the_local_engine_takes_a_recipes_options():
+    model = tiny_model("llama")
+    policy = SimpleNamespace(model=model, tokenizer=TOK, max_context=64)
+    recipe = SimpleNamespace(engine={"name": "local"}, engine_options=lambda: {"max_batch": 2})
+    engine = evaluate.build_engine(recipe, policy)  # type: ignore[arg-type]
+    assert engine.options.max_batch == 2  # type: ignore[attr-defined]
+    # 61 tokens are fewer than the tokenizer has, so the prompt is made of ids
+    request = Request(0, np.arange(8), Sampling(max_new_tokens=3, ignore_eos=True), 0, "e")
+    assert engine.generate([request])[0].token_ids.size == 3
 
 
 def test_a_template_file_takes_the_place_of_the_tokenizers(tmp_path):

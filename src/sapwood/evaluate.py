@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,7 +340,7 @@ def run_generate(
     tasks = family.ordered()
     section = ModelSection(name=model, lora=None) if isinstance(model, str) else model
     policy = _load_policy(section)
-    engine = plugins.load("engine", "local")(policy)
+    engine = _make_engine("local", policy, {})
     chat = build_chat(policy, section)
     told = []
     with _JsonLines(out_path) as lines:
@@ -371,7 +372,7 @@ def run_generate(
 
 def build_engine(recipe: Recipe, policy: Policy) -> Engine:
     """The recipe's engine on a loaded policy."""
-    return plugins.load("engine", recipe.engine["name"])(policy, **recipe.engine_options())
+    return _make_engine(recipe.engine["name"], policy, recipe.engine_options())
 
 
 def build_chat(policy: Policy, section: ModelSection) -> Chat:
@@ -388,6 +389,15 @@ def _load_policy(section: Any) -> Policy:
     from sapwood.models.load import load_policy  # torch and transformers load only once they are needed
 
     return load_policy(section)
+
+
+def _make_engine(name: str, policy: Policy, options: Mapping[str, Any]) -> Engine:
+    """An engine is made of the policy, its tokenizer and, if its class or module has `OPTIONS`, those options."""
+    cls = plugins.load("engine", name)
+    model = getattr(cls, "OPTIONS", None) or getattr(sys.modules[cls.__module__], "OPTIONS", None)
+    if model is None:
+        return cls(policy, policy.tokenizer)
+    return cls(policy, policy.tokenizer, options=model.model_validate(dict(options)))
 
 
 class _JsonLines:

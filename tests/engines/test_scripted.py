@@ -1,14 +1,13 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from tests.chats import tokenizer
 
 from sapwood.engines import Engine, Request, Sampling
 from sapwood.engines.check import check_engine
 from sapwood.engines.scripted import OPTIONS, ScriptedEngine
 from sapwood.errors import BudgetError, EngineError
+from sapwood.plugins import load
 from sapwood.types import StopReason
+from tests.chats import tokenizer
 
 TOK = tokenizer()
 EOS = TOK.eos_token_id
@@ -80,9 +79,12 @@ def test_closing_an_episode_drops_what_is_unfinished():
     assert [c.request_id for c in engine.step()] == [0]
 
 
-def test_a_policy_lends_its_tokenizer():
-    engine = ScriptedEngine(SimpleNamespace(tokenizer=TOK), **OPTIONS(reply=("one",)).model_dump())
-    assert TOK.decode(only(engine, request()).token_ids, skip_special_tokens=True) == "one"
+def test_a_recipe_can_hold_a_script():
+    engine = load("engine", "scripted")("policy", TOK, options=OPTIONS(reply=("one",), logprob=-2.0))
+    said = only(engine, request())
+    assert TOK.decode(said.token_ids, skip_special_tokens=True) == "one"
+    assert set(said.logprobs.tolist()) == {-2.0}
+    assert engine.policies == ["policy"]
 
 
 def test_bad_use():

@@ -33,7 +33,6 @@ class OPTIONS(BaseModel):
 class ScriptedEngine(Engine):
     """Replies from a script, by the full contract of an engine.
 
-    tokenizer: or a policy that carries one.
     reply: a function of the prompt's text (special tokens included) and the request, or the replies of an episode's
     turns in order (the last one is repeated). An end token follows each reply; with `ignore_eos` the reply is
     repeated up to max_new_tokens instead. tokens_per_step: how many tokens of each running request one `step` gives,
@@ -54,7 +53,7 @@ class ScriptedEngine(Engine):
             raise EngineError("a script is a function or a list with at least one reply")
         if tokens_per_step is not None and tokens_per_step < 1:
             raise EngineError(f"tokens_per_step must be at least 1, not {tokens_per_step}")
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._tokenizer = tokenizer
         self._reply = reply
         self._tokens_per_step = tokens_per_step
         self._logprob = logprob
@@ -132,4 +131,12 @@ class _Running:
     given: int = 0
 
 
-PLUGIN = ScriptedEngine
+class RecipeScript(ScriptedEngine):
+    """A script from a recipe: {name: scripted, reply: ["[0.5]", "[0.1]"]}. The policy says nothing."""
+
+    def __init__(self, policy: Any, tokenizer: Any, *, options: OPTIONS) -> None:
+        super().__init__(tokenizer, options.reply, tokens_per_step=options.tokens_per_step, logprob=options.logprob)
+        self.load(policy)
+
+
+PLUGIN = RecipeScript
