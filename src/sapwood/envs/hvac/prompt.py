@@ -84,7 +84,12 @@ def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
 
 def _past(record: Record) -> str:
     powers = " ".join(f"{p:.2f}" for p in record.powers) if record.valid else "unreadable"
-    return f"{powers} ({record.reward:.1f})"
+    return f"{powers} ({_amount(record.reward)})"
+
+
+def _amount(reward: float) -> str:
+    """One decimal, and no minus zero."""
+    return f"{round(reward, 1) + 0.0:.1f}"
 
 
 @dataclass(frozen=True)
@@ -144,4 +149,4 @@ def trunk(system: str, shots: Sequence[Example]) -> tuple[Message, ...]:
 
 def after(reward: float | None, state: str) -> str:
     """A user turn: the reward of the turn before, if there was one, then the state."""
-    return state if reward is None else f"Reward {reward:.1f}. {state}"
+    return state if reward is None else f"Reward {_amount(reward)}. {state}"
