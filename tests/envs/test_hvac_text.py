@@ -267,6 +267,11 @@ def test_chat_memory_keeps_the_conversation():
     assert "Recent" not in message.content
 
 
+def test_a_copy_with_other_options_has_a_prompt_of_its_own():
+    assert len(SMALL.prompt_trunk) == 7
+    assert len(SMALL.model_copy(update={"few_shot": 1}).prompt_trunk) == 3
+
+
 def test_history_and_reasoning_change_the_prompt():
     def second_prompt(**options) -> str:
         family = Hvac(horizon=6, **options)

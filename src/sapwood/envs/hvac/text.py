@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -141,17 +141,15 @@ class Hvac(EnvFamily):
         """A new text environment for the task."""
         return HvacText(self, task)
 
-    @cached_property
+    @property
     def prompt_trunk(self) -> tuple[Message, ...]:
         """The messages that every prompt begins with: the job and the examples."""
-        env = self.simulator()
-        env.reset(options={"day": 0})
-        return trunk(job(env, reasoning=self.reasoning), self.examples)
+        return _prompt_trunk(self)  # pyright: ignore[reportArgumentType]  (a frozen model is hashable)
 
-    @cached_property
+    @property
     def examples(self) -> tuple[Example, ...]:
         """The few-shot examples; their days are training days."""
-        return examples(self.simulator(), self.days("train"), self.few_shot, self.start_spread)
+        return _examples(self)  # pyright: ignore[reportArgumentType]  (a frozen model is hashable)
 
     def reset_simulator(self, env: HvacEnv, task: Task) -> None:
         """Put a simulator at the beginning of a task."""
@@ -174,6 +172,19 @@ class Hvac(EnvFamily):
             "proportional": of(lambda task: controllers.proportional),
             "one_step_optimal": of(lambda task: controllers.one_step_optimal),
         }
+
+
+# Cached by the options' values: a property cached on the model would survive `model_copy(update=...)`.
+@lru_cache(maxsize=64)
+def _examples(family: Hvac) -> tuple[Example, ...]:
+    return examples(family.simulator(), family.days("train"), family.few_shot, family.start_spread)
+
+
+@lru_cache(maxsize=64)
+def _prompt_trunk(family: Hvac) -> tuple[Message, ...]:
+    env = family.simulator()
+    env.reset(options={"day": 0})
+    return trunk(job(env, reasoning=family.reasoning), family.examples)
 
 
 class HvacText(Env):
