@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,6 @@ def test_create_writes_recipe_environment_and_log(tmp_path: Path) -> None:
     wanted = recipe(tmp_path / "deep" / "run")
     with Run.create(wanted) as made:
         logging.getLogger("sapwood").info("hello from a test")
-        warnings.warn("careful", UserWarning, stacklevel=1)
     assert load_recipe(made.dir) == wanted
     facts = json.loads((made.dir / "environment.json").read_text())
     assert facts["seed"] == 7

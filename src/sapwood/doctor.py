@@ -66,7 +66,7 @@ def _torch() -> Iterator[Check]:
     cpu = f"{environment.cpu_name()}, {environment.usable_cores()} cores, torch uses {torch.get_num_threads()}"
     yield Check("cpu", "ok", cpu)
     fp32, bf16 = _matmul_rate(torch.float32), _matmul_rate(torch.bfloat16)
-    speed = f"float32 {fp32:.0f}, bfloat16 {bf16:.0f} GFLOP/s (512 x 512 matmul, {bf16 / fp32:.1f} x)"
+    speed = f"float32 {fp32:.0f}, bfloat16 {bf16:.0f} GFLOP/s (384 x 384 matmul, {bf16 / fp32:.1f} x)"
     if bf16 > 1.2 * fp32:
         yield Check("bfloat16", "ok", f"fast on this CPU: {speed}")
     else:
@@ -81,18 +81,18 @@ def _torch() -> Iterator[Check]:
 
 
 def _matmul_rate(dtype: Any) -> float:
-    """GFLOP/s of a 512 x 512 matrix product, the median of seven after a warm-up."""
+    """GFLOP/s of a 384 x 384 matrix product, the median of seven after a warm-up."""
     import torch
 
-    a = torch.ones(512, 512, dtype=dtype)
-    b = torch.ones(512, 512, dtype=dtype)
+    a = torch.ones(384, 384, dtype=dtype)
+    b = torch.ones(384, 384, dtype=dtype)
     torch.mm(a, b)
     seconds = []
     for _ in range(7):
         began = time.perf_counter()
         torch.mm(a, b)
         seconds.append(time.perf_counter() - began)
-    return 2 * 512**3 / statistics.median(seconds) / 1e9
+    return 2 * 384**3 / statistics.median(seconds) / 1e9
 
 
 def _memory() -> Check:

@@ -54,21 +54,21 @@ class Progress:
 
     def start(self, total: int, title: str = "training", done: int = 0) -> None:
         """Begin a run of `total` steps, `done` of them finished already."""
-        self.stop()
         self._total, self._done, self._began = total, done, time.monotonic()
         self._first = done
-        if not self._json and self._stream.isatty():
-            self._start_live(title)
+        self._ensure_live()
+        if self._live is not None:
+            self._bar.update(self._task, description=title, total=total, completed=done)
 
     def phase(self, name: str) -> None:
         """What is going on: "sampling", "learning", "evaluating" ..."""
         self._phase = name
+        self._ensure_live()
         self._refresh()
 
     def work(self, name: str, done: int, total: int) -> None:
         """`done` of `total` parts of a piece of work: held-out episodes, replies. Fits evaluate's `progress`."""
-        if not self._json and self._live is None and self._total == 0 and self._stream.isatty():
-            self._start_live("")
+        self._ensure_live()
         self._phase = f"{name} {done}/{total}"
         if self._live is None and done == total and not self._json:
             print(self._phase, file=self._stream, flush=True)
@@ -105,10 +105,15 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def _start_live(self, title: str) -> None:
-        from rich.console import Console
+    def _ensure_live(self) -> None:
+        """Begin the live display where there is a terminal to show it on."""
+        if self._live is not None or self._json or not self._stream.isatty():
+            return
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
 
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -116,18 +121,18 @@ class Progress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
             TextColumn("[dim]{task.fields[phase]}"),
-            TextColumn("\n  {task.fields[numbers]}"),
+        )
+        self._task = self._bar.add_task("", total=None, left="", phase="")
+        self._live = Live(
+            get_renderable=lambda: Group(self._bar, Text(self._numbers(self._values))),
             console=Console(file=self._stream),
             refresh_per_second=4,
         )
-        self._task = self._bar.add_task(title, total=self._total, completed=self._done, left="", phase="", numbers="")
-        self._bar.start()
-        self._live = self._bar
+        self._live.start()
 
     def _refresh(self) -> None:
         if self._live is not None:
-            numbers = self._numbers(self._values)
-            self._bar.update(self._task, completed=self._done, left=self._left(), phase=self._phase, numbers=numbers)
+            self._bar.update(self._task, completed=self._done, left=self._left(), phase=self._phase)
 
     def _numbers(self, values: Mapping[str, Any]) -> str:
         shown = [

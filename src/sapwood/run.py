@@ -96,6 +96,7 @@ class Run:
                 logging.getLogger(name).removeHandler(self._handler)
             self._handler.close()
             self._handler = None
+            logging.captureWarnings(False)  # without a handler they would vanish
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder, its parent created."""
