@@ -21,6 +21,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,11 +72,17 @@ class TrainResult:
     table: EvalTable
 
 
-def train(recipe: Recipe, run: Run, progress: Progress) -> TrainResult:
-    """Train as the recipe says, into an open run folder. Raises SapwoodError for what a user can act on."""
+def train(recipe: Recipe, run: Run | None = None, progress: Progress | None = None) -> TrainResult:
+    """Train as the recipe says, into a fresh run folder (or the open one given).
+
+    progress: where to report; a plain line a step unless given. Raises SapwoodError for what a user can act on.
+    """
     recipe.check_trainable()
-    progress.phase("loading")
-    return Trainer.of(recipe, run, progress).run_all()
+    with ExitStack() as stack:
+        shown = progress or stack.enter_context(Progress())
+        log = run or stack.enter_context(Run.create(recipe))
+        shown.phase("loading")
+        return Trainer.of(recipe, log, shown).run_all()
 
 
 def derive(seed: int, *path: int) -> int:
@@ -263,8 +270,8 @@ class Trainer:
         if gap > limit:
             raise TrainingStopped(
                 f"step {step}: sampler and trainer disagree by {gap:.3g} nats a token (limit optim.max_gap = "
-                f"{limit:g}), so the samples don't come from the policy that learns. Use one model.dtype for both, "
-                "or raise the limit with algorithm.gap_correction=token."
+                f"{limit:g}), so the samples don't come from the policy that learns. Use one dtype for both, or raise "
+                "optim.max_gap and correct for the gap with algorithm.gap_correction=token."
             )
 
     def _evaluate_start(self) -> None:
