@@ -334,3 +334,14 @@ def test_per_zone_replies_reach_the_controlled_zones():
     assert step.observation is not None
     assert "0.10 0.00 0.00 0.00 0.00 (" in step.observation.messages[-1].content
     assert env.step('{"power": 0.1}').info["parsed"] == "failed"
+
+
+def test_training_episodes_may_be_shorter_than_evaluation():
+    family = Hvac(horizon=5, train_horizon=2, start="random")
+    for split, steps in (("train", 2), ("eval", 5)):
+        env = family.make(family.tasks(split, 1, seed=0)[0])
+        env.start()
+        ends = [env.step('{"power": 0.1}').truncated for _ in range(steps)]
+        assert ends == [False] * (steps - 1) + [True]
+    with pytest.raises(ConfigError, match="train_horizon 9 is longer than horizon 5"):
+        Hvac(horizon=5, train_horizon=9)

@@ -30,7 +30,8 @@ class Hvac(EnvFamily):
 
     The simulator is `HvacEnv`; building, climate, epw, control, time_res, max_power, target, beta, pnorm, powered
     and occupancy are its options. horizon: steps of an episode. start: "day" (midnight, zones at target) or
-    "random" (any hour, zones within `start_spread` of the target). few_shot: worked examples in the prompt;
+    "random" (any hour, zones within `start_spread` of the target). train_horizon: steps of a training episode, where
+    shorter ones teach better than they evaluate (`horizon` unless given). few_shot: worked examples in the prompt;
     history: past powers and rewards shown with memory="state"; reasoning: the reply may think before it answers.
 
     memory: "state" gives the model a prompt of examples and the current state each turn (a restart, so the examples
@@ -46,6 +47,7 @@ class Hvac(EnvFamily):
     control: Control = "uniform"
     time_res: float = 3600.0
     horizon: int = Field(24, ge=1)
+    train_horizon: int | None = Field(None, ge=1)
     max_power: float = Field(8000.0, gt=0)
     target: float = 22.0
     beta: float = Field(0.999, ge=0, le=1)
@@ -73,18 +75,33 @@ class Hvac(EnvFamily):
                 f"hvac: horizon {self.horizon} at time_res {self.time_res:g} s is longer than {LONGEST_EPISODE_DAYS} "
                 "days; give fewer steps or a shorter time_res."
             )
+        if self.train_horizon is not None and self.train_horizon > self.horizon:
+            raise ConfigError(
+                f"hvac: train_horizon {self.train_horizon} is longer than horizon {self.horizon}; training days are "
+                "chosen for the latter, so raise it."
+            )
         self.simulator()
         return self
 
-    def simulator(self) -> HvacEnv:
-        """A new `HvacEnv` with these options; its reward is the physical one (reward_scale 1)."""
+    def describe(self) -> str:
+        """What a table of returns was had in."""
+        place = self.epw or self.climate
+        zones = "one power for all zones" if self.control == "uniform" else "one power a zone"
+        begin = "from midnight at target" if self.start == "day" else "from a random hour and temperature"
+        return (
+            f"HVAC {self.building}, {place}, {zones}, {self.horizon} steps of {self.time_res / 60:g} min {begin}, "
+            "days never trained on"
+        )
+
+    def simulator(self, steps: int | None = None) -> HvacEnv:
+        """A new `HvacEnv` with these options and episodes of `steps` (`horizon`); its reward is the physical one."""
         return HvacEnv(
             self.building,
             self.climate,
             epw=self.epw,
             control=self.control,
             time_res=self.time_res,
-            episode_len=self.horizon,
+            episode_len=steps or self.horizon,
             max_power=self.max_power,
             beta=self.beta,
             pnorm=self.pnorm,
@@ -130,7 +147,8 @@ class Hvac(EnvFamily):
 
     def _task(self, env: HvacEnv, split: Split, day: int, seed: int, index: int) -> Task:
         rng = np.random.default_rng([seed, 1 + SPLITS.index(split), index])
-        metadata: dict[str, object] = {"day": day, "hour": 0, "initial_temperature": self.target}
+        steps = self.train_horizon or self.horizon if split == "train" else self.horizon
+        metadata: dict[str, object] = {"day": day, "hour": 0, "initial_temperature": self.target, "steps": steps}
         if self.start == "random":
             spare = self.block_days * 24 - int(np.ceil(self.horizon * self.time_res / 3600.0))
             metadata["hour"] = int(rng.integers(min(spare, 23) + 1))
@@ -160,7 +178,7 @@ class Hvac(EnvFamily):
 
         def of(controller: Callable[[Task], controllers.Controller]) -> Callable[[Task], float]:
             def run(task: Task) -> float:
-                env = self.simulator()
+                env = self.simulator(task.metadata["steps"])
                 self.reset_simulator(env, task)
                 return controllers.episode_return(env, controller(task))
 
@@ -192,7 +210,7 @@ class HvacText(Env):
 
     def __init__(self, family: Hvac, task: Task) -> None:
         self.family = family
-        self.env = family.simulator()
+        self.env = family.simulator(task.metadata["steps"])
         family.reset_simulator(self.env, task)
         self._past: list[Record] = []
         self._powered = self.env.physics.powered.astype(bool)
