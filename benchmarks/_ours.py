@@ -35,9 +35,7 @@ def sampler(policy: Policy) -> Any:
     """The local engine, holding this policy."""
     from sapwood.engines.local import LocalEngine
 
-    engine = LocalEngine()
-    engine.load(policy)
-    return engine
+    return LocalEngine(policy, policy.tokenizer)
 
 
 def requests(spec: Spec, seed: int) -> list[Request]:
@@ -138,7 +136,7 @@ def step_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
 
 
 def sample_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
-    """Sampling right after a weight update: nothing is cached."""
+    """Sampling right after a weight update: nothing is cached, and taking the weights counts."""
     policy = policy_of(spec)
     engine = sampler(policy)
     new = spec["workload"]["shape"]["new_tokens"]
@@ -147,9 +145,9 @@ def sample_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     def measure(arguments: dict[str, Any]) -> dict[str, Any]:
         nonlocal calls
         calls += 1
-        engine.load(policy)
         asked = requests(spec, calls)
         start = time.perf_counter()
+        engine.load(policy)
         completions = engine.generate(asked)
         seconds = time.perf_counter() - start
         checked(completions, new)

@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/grpo_step.py [--bf16] [--quick] [--trl-micro-batch 8]
 
-Steps alternate between the two processes. TRL runs with gradient_checkpointing off, beta 0 and all rows in one
-forward unless --trl-micro-batch splits them. Each side samples, scores, learns and updates in every step.
+Steps alternate between the two processes. TRL runs with gradient_checkpointing off and beta 0; it samples all rows at
+once and forwards --trl-micro-batch of them at a time, 8 as by default, which takes 14 GB in fp32.
+Each side samples, scores, learns and updates in every step.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 from _harness import Options, Outcome, Row, Side, machine, median, model_folder, publish, take_turns, time_ratio
 from _workload import STEP, TINY, Shape, workload
 
+#: Rows that TRL forwards at once: its default for per_device_train_batch_size.
+MICRO_BATCH = 8
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def measure(dtype: str, options: Options, micro_batch: int = 0) -> list[Row]:
+def measure(dtype: str, options: Options, micro_batch: int) -> list[Row]:
     """The time row and the memory row of one dtype."""
     shape = TINY if options.tiny else STEP
     model = model_folder()
@@ -41,7 +44,7 @@ def measure(dtype: str, options: Options, micro_batch: int = 0) -> list[Row]:
 
 def _time_row(dtype: str, shape: Shape, facts: dict, outcome: Outcome, micro_batch: int) -> Row:
     ours, trl = median(outcome.seconds("ours")), median(outcome.seconds("trl"))
-    notes = [f"TRL forwards {micro_batch or shape.rows} rows at once", *outcome.reasons]
+    notes = [f"TRL forwards {min(micro_batch, shape.rows)} rows at once", *outcome.reasons]
     if trl is None and "trl" in outcome.bounds:
         trl = outcome.bounds["trl"]
         notes.append("so peer and ratio are lower bounds")
@@ -79,7 +82,7 @@ def _memory_row(dtype: str, shape: Shape, facts: dict, outcome: Outcome) -> Row:
     )
 
 
-def run(options: Options, micro_batch: int = 0) -> None:
+def run(options: Options, micro_batch: int = MICRO_BATCH) -> None:
     """Measure, print and write."""
     for dtype in options.dtypes:
         publish("grpo_step", measure(dtype, options, micro_batch), options)
@@ -87,7 +90,7 @@ def run(options: Options, micro_batch: int = 0) -> None:
 
 def main() -> None:
     parser = Options.parser(__doc__.splitlines()[0])
-    parser.add_argument("--trl-micro-batch", type=int, default=0, help="rows that TRL forwards at once; 0 is all")
+    parser.add_argument("--trl-micro-batch", type=int, default=MICRO_BATCH, help="rows that TRL forwards at once")
     arguments = parser.parse_args()
     run(Options.of(arguments), arguments.trl_micro_batch)
 

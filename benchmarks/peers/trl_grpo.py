@@ -60,6 +60,7 @@ def trainer(
     """A trainer whose step is len(texts) prompts x group samples."""
     rank = spec["rank"]
     samples = len(texts) * group
+    at_once = min(spec["micro_batch"], samples)
     bf16 = spec["dtype"] == "bfloat16"
     config = GRPOConfig(
         output_dir=folder,
@@ -73,8 +74,8 @@ def trainer(
         beta=0.0,
         num_iterations=1,
         num_generations=group,
-        per_device_train_batch_size=spec["micro_batch"] or samples,
-        gradient_accumulation_steps=samples // (spec["micro_batch"] or samples),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=samples // at_once,
         max_completion_length=new_tokens,
         generation_kwargs={"min_new_tokens": new_tokens},
         temperature=1.0,
@@ -103,7 +104,7 @@ def main() -> None:
     shape = work["shape"]
     with tempfile.TemporaryDirectory() as folder:
         # The warm-up is a whole step of a small shape: a step of the full one takes minutes on a CPU.
-        trainer(spec | {"micro_batch": 0}, [work["texts"][0][:200]], 2, 2, 1, folder).train()
+        trainer(spec, [work["texts"][0][:200]], 2, 2, 1, folder).train()
         measured = trainer(spec, work["texts"], shape["group"], shape["new_tokens"], 1_000, folder)
         encoded = measured.processing_class(work["texts"])["input_ids"]
         if encoded != work["prompt_ids"]:
