@@ -31,6 +31,8 @@ from sapwood.models.heads import LogitTransform
 _LEAN = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 _ATTENTION = "sapwood_engine"
+#: Rows that the packed head is laid out for; other numbers work too.
+_PACKED_ROWS = 32
 
 
 class Runtime(ABC):
@@ -163,6 +165,11 @@ class LeanRuntime(Runtime):
         self._rotary = model.model.rotary_emb
         self._table = torch.empty(0, device=device)
         self._layers: list[_Layer] = []
+        self._packable = (
+            dtype is torch.float32 and device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        )
+        self._packed: Tensor | None = None
+        self._packed_state: tuple[int, int] | None = None
         self.kv_shape = KvShape(config.num_hidden_layers, self._kv_heads, self._width, dtype, device)
 
     def load(self, model: Any) -> None:
@@ -171,8 +178,20 @@ class LeanRuntime(Runtime):
         self._layers = [self._load_layer(layer, was) for layer, was in zip(model.model.layers, old, strict=True)]
         self._embedding = _base(model.model.embed_tokens).weight.detach()
         self._norm = model.model.norm.weight.detach().to(self._dtype)
-        self._head = _shared_or_merged(model.lm_head, self._dtype, None)
+        self._load_head(model.lm_head)
         self._head_bias = self._bias(model.lm_head)
+
+    def _load_head(self, module: Any) -> None:
+        """The head, packed for skinny products where oneDNN can: the largest weight, and read at every token."""
+        weight = _shared_or_merged(module, self._dtype, None)
+        if self._packable:
+            source = _base(module).weight
+            # An adapter trains beside a frozen head, which then needs packing once.
+            state = None if weight.data_ptr() != source.data_ptr() else (source.data_ptr(), source._version)
+            if state is None or state != self._packed_state:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+                self._packed_state = state
+        self._head = weight
 
     def _bias(self, *modules: Any) -> Tensor | None:
         biases = [getattr(_base(module), "bias", None) for module in modules]
@@ -299,7 +318,10 @@ class LeanRuntime(Runtime):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, V]."""
-        return self._transform(F.linear(hidden, self._head, self._head_bias))
+        if self._packed is None:
+            return self._transform(F.linear(hidden, self._head, self._head_bias))
+        product = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self._head_bias, "none", [], "")
+        return self._transform(product)
 
 
 def _window(attention: Any) -> int | None:

@@ -82,16 +82,16 @@ def _draw_alike(logits: Tensor, rule: _Rule, u: Tensor) -> tuple[Tensor, Tensor,
     top_k = rule.top_k if 0 < rule.top_k < z.shape[1] else 0
     if top_k or rule.top_p < 1.0:
         return _from_candidates(z, top_k, rule.top_p, rule.min_p, u)
-    top = z.amax(1, keepdim=True)
-    mass = (z - top).exp_()
-    total = mass.sum(1, dtype=torch.float64)
-    if rule.min_p > 0.0:
-        # The top token has mass 1, so the share of the top probability is the mass itself.
-        mass.masked_fill_(mass < rule.min_p, 0.0)
-    tokens, kept = _invert(mass, u)
-    picked = mass.gather(1, tokens[:, None])[:, 0].double()
-    logmass = (kept / total).log() if rule.min_p > 0.0 else torch.zeros_like(kept)
-    return tokens, (picked / kept).log().clamp_(max=0.0), logmass.clamp_(max=0.0)
+    mass = (z - z.amax(1, keepdim=True)).exp_()
+    if rule.min_p == 0.0:
+        tokens, total = _invert(mass, u)
+        logprobs = (mass.gather(1, tokens[:, None])[:, 0].double() / total).log()
+        return tokens, logprobs.clamp_(max=0.0), torch.zeros_like(logprobs)
+    total = mass.sum(1).double()
+    # The top token has mass 1, so the share of the top probability is the mass itself.
+    tokens, kept = _invert(mass.masked_fill_(mass < rule.min_p, 0.0), u)
+    logprobs = (mass.gather(1, tokens[:, None])[:, 0].double() / kept).log()
+    return tokens, logprobs.clamp_(max=0.0), (kept / total).log().clamp_(max=0.0)
 
 
 def _greedy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
