@@ -178,7 +178,7 @@ class Hvac(EnvFamily):
 
         def of(controller: Callable[[Task], controllers.Controller]) -> Callable[[Task], float]:
             def run(task: Task) -> float:
-                env = self.simulator(task.metadata["steps"])
+                env = self.simulator(task.metadata.get("steps"))
                 self.reset_simulator(env, task)
                 return controllers.episode_return(env, controller(task))
 
@@ -210,7 +210,7 @@ class HvacText(Env):
 
     def __init__(self, family: Hvac, task: Task) -> None:
         self.family = family
-        self.env = family.simulator(task.metadata["steps"])
+        self.env = family.simulator(task.metadata.get("steps"))
         family.reset_simulator(self.env, task)
         self._past: list[Record] = []
         self._powered = self.env.physics.powered.astype(bool)

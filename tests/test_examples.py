@@ -1,0 +1,65 @@
+"""The examples run, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sapwood.config import parse_recipe
+from sapwood.envs.check import check_env
+from sapwood.plugins import load
+from sapwood.train import train
+from sapwood.types import Floats, Group, Ids, StopReason, Task, Trajectory, Turn
+from tests.learning import save_tiny_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def test_minimal_grpo(model_dir, capsys):
+    spec = importlib.util.spec_from_file_location("minimal_grpo", EXAMPLES / "minimal_grpo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    curve = module.main(["--model", str(model_dir), "--steps", "2", "--prompts", "2", "--group", "4"])
+    assert len(curve) == 2
+    assert capsys.readouterr().out.count("reward") == 2
+    assert module.reward_of("it is 140", 150) == pytest.approx(1 - 10 / 50)
+    assert module.reward_of("no", 150) == -1.0
+    # mean 2, sample standard deviation sqrt(2): (1 - 2) / 1.4142 = -.7071
+    np.testing.assert_allclose(module.advantages_of(np.array([[1.0, 3.0]])), [[-0.7071, 0.7071]], atol=1e-3)
+    assert len((EXAMPLES / "minimal_grpo.py").read_text().splitlines()) <= 300
+
+
+def test_custom_env(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    family = load("env", "examples/custom_env.py:Guess")(highest=9, turns=2)
+    check_env(family)
+    data = yaml.safe_load((EXAMPLES / "custom_env.yaml").read_text())
+    data["run"] |= {"dir": str(tmp_path / "run"), "steps": 2}
+    data["model"] = {"name": str(model_dir), "lora": {"rank": 2}}
+    data["eval"]["tasks"] = 2
+    result = train(parse_recipe(data))
+    assert (result.policy_dir / "adapter_config.json").is_file()
+
+
+def test_custom_reward():
+    def said(text: str) -> Trajectory:
+        none: Ids = np.zeros(0, np.int64)
+        floats: Floats = np.zeros(0, np.float32)
+        return Trajectory(Task("t"), [Turn(none, none, floats, floats, StopReason.EOS, text)])
+
+    reward = load("reward", str(EXAMPLES / "custom_reward.py") + ":Concise")(words=4)
+    # 6 words against 4: excess 2/4, so brief is .5; of 6 words 3 are distinct
+    [[parts, empty]] = reward.score([Group(Task("t"), [said("a b c a b c"), said("")])])
+    assert parts == {"brief": 0.5, "fresh": 0.5}
+    assert empty == {"brief": 1.0, "fresh": 0.0}
