@@ -11,7 +11,7 @@ right-aligned buffer of private tails. `docs/engines.md` describes what is kept 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +34,9 @@ from sapwood.types import Ids
 
 #: Columns of the tails reserved ahead; a longer reply gets more when it needs them.
 _ROOM = 256
+#: A prompt's last segment is copied into the tails of at most so many readers, if it is not longer than this.
+_FEW_READERS = 3
+_SHORT_SUFFIX = 256
 
 
 class LocalOptions(BaseModel):
@@ -63,7 +66,11 @@ class EngineStats:
 
 @dataclass
 class _Row:
-    """A running request. leaf: the shared segment below which it is private; private: segments of its own."""
+    """A running request. leaf: the shared segment below which it is private; private: segments of its own.
+
+    own_from: depth from which on the row's tail holds its prompt: leaf.end, or less where it owns a copy of the
+    last shared segments.
+    """
 
     request: Request
     order: int
@@ -71,6 +78,7 @@ class _Row:
     end: Segment
     private: list[Segment]
     u: NDArray[np.float64]
+    own_from: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept_logmass: list[float] = field(default_factory=list)
@@ -237,7 +245,9 @@ class LocalEngine(Engine):
             number = {id(end): i for i, end in enumerate(ends)}
             logits = logits[torch.tensor([number[id(row.end)] for row in joining], device=logits.device)]
         room = min(_ROOM, max(_to_come(row) for row in [*self._rows, *joining]))
-        self._tails.add([[_known(segment.kv) for segment in row.private] for row in joining], room)
+        owned = _own_short_suffixes(joining)
+        histories = [[*own, *row.private] for own, row in zip(owned, joining, strict=True)]
+        self._tails.add([[_known(segment.kv) for segment in history] for history in histories], room)
         first = len(self._rows)
         self._rows += joining
         self._blocks = None
@@ -380,7 +390,8 @@ class LocalEngine(Engine):
             # The last sampled token was never fed to the model, so nothing is known of it.
             tokens = np.concatenate([row.request.token_ids, np.array(row.tokens[:-1], np.int64)])
             self._cache.retain(row.leaf)
-            self._episodes[name] = _Kept(tokens, row.leaf, self._tails.take(place))
+            below_leaf = self._tails.take(place)[:, :, :, row.leaf.end - row.own_from :]
+            self._episodes[name] = _Kept(tokens, row.leaf, below_leaf)
         self._remove(place)
 
     def _remove(self, place: int) -> None:
@@ -467,8 +478,27 @@ def _shared_blocks(rows: Sequence[_Row], positions: Sequence[int], device: torch
     readers = _Readers()
     for place, row in enumerate(rows):
         for node in row.leaf.path():
-            readers.add(node, place, place + 1, positions[place], positions[place])
+            if node.start < row.own_from:
+                readers.add(node, place, place + 1, positions[place], positions[place])
     return readers.blocks(device)
+
+
+def _own_short_suffixes(rows: Sequence[_Row]) -> list[list[Segment]]:
+    """Let rows that join own the end of their prompt where few others read it; the segments to copy, row by row.
+
+    A block costs one attention call a layer in every decode step; a copy in the row's tail costs only its bytes.
+    """
+    readers = Counter(id(node) for row in rows for node in row.leaf.path())
+    owned: list[list[Segment]] = []
+    for row in rows:
+        own: list[Segment] = []
+        for node in reversed(row.leaf.path()):
+            if readers[id(node)] > _FEW_READERS or len(node.tokens) > _SHORT_SUFFIX:
+                break
+            own.insert(0, node)
+        row.own_from = own[0].start if own else row.leaf.end
+        owned.append(own)
+    return owned
 
 
 class _Readers:

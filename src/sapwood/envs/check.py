@@ -73,7 +73,7 @@ def _described(family: EnvFamily, task: Task) -> str:
 
 
 def _substance(task: Task) -> str:
-    return f"{task.seed} {task.prompt} {json.dumps(dict(task.metadata), sort_keys=True)}"
+    return f"{task.seed} {task.prompt} {task.answer!r} {json.dumps(dict(task.metadata), sort_keys=True)}"
 
 
 def _check_episode(family: EnvFamily, task: Task, max_steps: int) -> None:
