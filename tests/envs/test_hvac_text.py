@@ -242,15 +242,15 @@ def test_state_in_words():
     (_, state) = env.start().messages
     p, t = env.env.physics, 200 * 24 + 14
     assert state.content == (
-        f"Time 14:00, zones 24.3 C (2.3 above target), outside {p.outdoor[t]:.1f} C, ground {p.ground[t]:.1f} C, "
-        f"sun {p.sun[t]:.1f}, people 31."
+        f"Time 14:00, outside {p.outdoor[t]:.1f} C, ground {p.ground[t]:.1f} C, sun {p.sun[t]:.1f}, people 31. "
+        "Zones 24.3 C, -2.3 to target."
     )
     cold = Hvac(few_shot=0, control="per_zone").make(
         Task("t", metadata={"day": 0, "hour": 0, "initial_temperature": [21.0, 22.0, 23.5, 22.0, 22.0, 5.0]})
     )
     text = cold.start().messages[-1].content
     # the attic's 5 degC is no business of the five controlled zones
-    assert "zones 21.0 (1.0 below target), 22.0 (at target), 23.5 (1.5 above target), 22.0 (at" in text
+    assert "Zones 21.0 (1.0 to target), 22.0 (0.0 to target), 23.5 (-1.5 to target), 22.0 (0.0" in text
     assert "5.0 (" not in text
 
 

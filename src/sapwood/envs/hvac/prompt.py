@@ -54,32 +54,32 @@ def job(env: HvacEnv, *, reasoning: bool) -> str:
     )
 
 
-def _deviation(difference: float) -> str:
-    if abs(difference) < 0.05:
-        return "at target"
-    return f"{abs(difference):.1f} {'above' if difference > 0 else 'below'} target"
+def _to_target(difference: float) -> str:
+    """The change wanted, with the sign of the power that brings it: a small model reads it off more surely."""
+    return f"{round(difference, 1) + 0.0:.1f} to target"
 
 
 def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
-    """The state in words, one decimal a temperature; uniform control reads the mean of the powered zones."""
+    """The state in words, one decimal a temperature, what matters most last.
+
+    Uniform control reads the mean of the powered zones.
+    """
     p, time = env.physics, env.time
-    temperatures = env.temperatures[p.powered.astype(bool)]
-    if env.control == "uniform":
-        mean = float(temperatures.mean())
-        zones = f"zones {mean:.1f} C ({_deviation(mean - env.target)})"
-    else:
-        parts = (f"{t:.1f} ({_deviation(t - env.target)})" for t in temperatures.tolist())
-        zones = f"zones {', '.join(parts)}"
     hour, minute = divmod(round(env.hour * 60.0), 60)
     text = (
-        f"Time {hour:02d}:{minute:02d}, {zones}, outside {p.outdoor[time]:.1f} C, ground {p.ground[time]:.1f} C, "
+        f"Time {hour:02d}:{minute:02d}, outside {p.outdoor[time]:.1f} C, ground {p.ground[time]:.1f} C, "
         f"sun {p.sun[time]:.1f}"
     )
     if env.occupancy != "none":
         text += f", people {env.people_present:.0f}"
     if history:
         text += ". Recent powers and rewards: " + ", ".join(_past(record) for record in history)
-    return text + "."
+    temperatures = env.temperatures[p.powered.astype(bool)]
+    if env.control == "uniform":
+        mean = float(temperatures.mean())
+        return f"{text}. Zones {mean:.1f} C, {_to_target(env.target - mean)}."
+    zones = (f"{t:.1f} ({_to_target(env.target - t)})" for t in temperatures.tolist())
+    return f"{text}. Zones {', '.join(zones)}."
 
 
 def _past(record: Record) -> str:
