@@ -277,7 +277,7 @@ class Trainer:
     def _evaluate_start(self) -> None:
         if self.recipe.eval.baselines:
             self.progress.phase("evaluating baselines")
-            self.results.update(evaluate_baselines(self.family, self._held_out()))
+            self.results.update(evaluate_baselines(self.family, self._held_out(), self.progress.work))
         if self.recipe.eval.at_start:
             metrics = self._evaluate(0, BASE)
             self.log.log_metrics(0, metrics)
@@ -301,6 +301,7 @@ class Trainer:
             self.recipe.run.seed,
             self.policy.max_context,
             name=name,
+            progress=self.progress.work,
         )
         self.results[name] = result
         metrics = {"eval/return": result.interval.mean, "eval/low": result.interval.lo, "eval/high": result.interval.hi}
