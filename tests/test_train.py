@@ -214,9 +214,9 @@ def test_updates_deal_whole_groups():
         ("constant", 1, 0.5),  # warm-up of 2: 1/2 of the peak
         ("constant", 2, 1.0),
         ("constant", 9, 1.0),
-        ("linear", 6, 0.1 + 0.9 * (1 - 4 / 8)),  # 4 of the 8 steps after warm-up are done
-        ("cosine", 6, 0.1 + 0.9 * 0.5),  # cos(pi / 2) = 0
-        ("linear", 10, 0.1),
+        ("linear", 5, 0.1 + 0.9 * (1 - 3 / 9)),  # step 2 is at the peak, step 11 would be at the minimum
+        ("cosine", 5, 0.1 + 0.9 * 0.75),  # (1 + cos(pi / 3)) / 2 = 3/4
+        ("linear", 10, 0.1 + 0.9 / 9),
     ],
 )
 def test_schedules(schedule, step, expected):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sapwood.envs.check import check_env
 from sapwood.envs.hvac import Hvac, parse_reply
-from sapwood.envs.hvac.prompt import answer
+from sapwood.envs.hvac.prompt import answer, reach
 from sapwood.errors import ConfigError, DataError
 from sapwood.plugins import load
 from sapwood.types import Task
@@ -243,15 +243,18 @@ def test_state_in_words():
     p, t = env.env.physics, 200 * 24 + 14
     assert state.content == (
         f"Time 14:00, outside {p.outdoor[t]:.1f} C, ground {p.ground[t]:.1f} C, sun {p.sun[t]:.1f}, people 31. "
-        "Zones 24.3 C, -2.3 to target."
+        # full power of 8000 W moves the controlled zones by `reach` kelvins in an hour, and -2.3 are wanted
+        f"Zones 24.3 C; weather aside, target needs {-2.3 / reach(env.env):.2f}."
     )
     cold = Hvac(few_shot=0, control="per_zone").make(
         Task("t", metadata={"day": 0, "hour": 0, "initial_temperature": [21.0, 22.0, 23.5, 22.0, 22.0, 5.0]})
     )
     text = cold.start().messages[-1].content
     # the attic's 5 degC is no business of the five controlled zones
-    assert "Zones 21.0 (1.0 to target), 22.0 (0.0 to target), 23.5 (-1.5 to target), 22.0 (0.0" in text
-    assert "5.0 (" not in text
+    assert "Zones 21.0, 22.0, 23.5, 22.0, 22.0 C; weather aside, target needs " in text
+    needs = [float(x) for x in text.split("needs ")[1].rstrip(".").split(", ")]
+    assert needs == pytest.approx([1 / reach(cold.env), 0, -1.5 / reach(cold.env), 0, 0], abs=0.006)
+    assert " 5.0" not in text
 
 
 def test_chat_memory_keeps_the_conversation():

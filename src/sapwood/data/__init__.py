@@ -1,1 +1,1 @@
-
+"""Data sources: files and hub ids to groups."""

@@ -140,9 +140,7 @@ def _is_plain(scores: Scores, query: Tensor) -> bool:
 def _forward_block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Fused kernel. q [B, H, Q, D], k and v [B, H, K, D]; output [B, H, Q, D] and log-sum-exp [B, H, Q] in fp32."""
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
-        )
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
     result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return result[0], result[1]
@@ -186,9 +184,7 @@ def _plain_scores(q: Tensor, k: Tensor, how: Scores, visible: Tensor | None) -> 
     return s if visible is None else s.masked_fill(~visible, -torch.inf)
 
 
-def _plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, how: Scores, visible: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, how: Scores, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     s = _plain_scores(q, k, how, visible)
     lse = torch.logsumexp(s, dim=-1)
     p = torch.exp(s - torch.where(lse.isinf(), torch.zeros_like(lse), lse)[..., None])
@@ -231,9 +227,7 @@ class _Grouped(torch.autograd.Function):
     """Blocks merged by log-sum-exp. query [H, N, D], key and value [Hkv, N, D] -> output [H, N, D]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, how: Scores
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, how: Scores) -> Tensor:
         heads, n, dim = query.shape
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = torch.empty(n, heads, dim, dtype=wide, device=query.device).transpose(0, 1)
@@ -271,9 +265,7 @@ class _Grouped(torch.autograd.Function):
                 # Every node is in exactly one self block, and batches come first: assignment, no accumulation.
                 target[:, batch.index[batch.valid]] = part.to(target.dtype)
         for block in plan.blocks:
-            for (q0, q1), (k0, k1), gq, gk, gv in _block_backward(
-                grad, query, key, value, out, lse, block, how, fused
-            ):
+            for (q0, q1), (k0, k1), gq, gk, gv in _block_backward(grad, query, key, value, out, lse, block, how, fused):
                 dq[:, q0:q1] += gq
                 dk[:, k0:k1] += gk
                 dv[:, k0:k1] += gv
@@ -283,9 +275,7 @@ class _Grouped(torch.autograd.Function):
 def _merge(out: Tensor, lse: Tensor, o: Tensor, m: Tensor) -> None:
     """Fold another block's output and log-sum-exp into the running ones, in place."""
     total = torch.logaddexp(lse, m)
-    out.mul_(torch.exp(lse - total)[..., None]).addcmul_(
-        o.to(out.dtype), torch.exp(m - total)[..., None].to(out.dtype)
-    )
+    out.mul_(torch.exp(lse - total)[..., None]).addcmul_(o.to(out.dtype), torch.exp(m - total)[..., None].to(out.dtype))
     lse.copy_(total)
 
 
@@ -359,9 +349,7 @@ def _pieces(block: Block, how: Scores, fused: bool) -> list[tuple[int, int]]:
     if not how.window:
         return pieces
     last_key = int(how.positions[block.k1 - 1])
-    return [
-        (a, b) for a, b in pieces if block.causal or int(how.positions[a:b].min()) - last_key < how.window
-    ]
+    return [(a, b) for a, b in pieces if block.causal or int(how.positions[a:b].min()) - last_key < how.window]
 
 
 def _block_forward(
@@ -468,15 +456,11 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, context: TreeContext, how
     size = (query.shape[1].bit_length(), blocks.bit_length(), query.shape[0], query.shape[2])
     asked = (*size, query.dtype, query.device, how.window, bool(how.softcap))
     if asked not in _FASTER:
-        _FASTER[asked] = min(
-            ("grouped", "flex"), key=lambda name: _measure(name, query, key, value, context, how)
-        )
+        _FASTER[asked] = min(("grouped", "flex"), key=lambda name: _measure(name, query, key, value, context, how))
     return _FASTER[asked]
 
 
-def _measure(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, context: TreeContext, how: Scores
-) -> float:
+def _measure(kernel: str, query: Tensor, key: Tensor, value: Tensor, context: TreeContext, how: Scores) -> float:
     best = float("inf")
     for _ in range(3):  # the first call compiles
         q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
@@ -519,9 +503,7 @@ def tree_attention(
     argument that it doesn't implement.
     """
     if tree is None:
-        return _ordinary(
-            module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, others
-        )
+        return _ordinary(module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, others)
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if dropout:
         unknown.append("dropout")

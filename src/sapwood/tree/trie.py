@@ -186,9 +186,7 @@ class TokenTree:
         node = np.concatenate(nodes) if nodes else np.empty(0, dtype=np.int64)
         target = np.concatenate(targets) if targets else node
         temperature = np.concatenate(temperatures) if temperatures else np.empty(0)
-        units, unit_of = np.unique(
-            np.stack([node.astype(np.float64), temperature]), axis=1, return_inverse=True
-        )
+        units, unit_of = np.unique(np.stack([node.astype(np.float64), temperature]), axis=1, return_inverse=True)
         pairs, pair_of = np.unique(np.stack([unit_of.ravel(), target]), axis=1, return_inverse=True)
         last = np.array([path[-1] if len(path) else 0 for path in trie.paths], dtype=np.int64)
 

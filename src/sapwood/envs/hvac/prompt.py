@@ -37,8 +37,6 @@ def job(env: HvacEnv, *, reasoning: bool) -> str:
     """The system message: job, units, reward and reply format."""
     on = env.physics.powered.astype(bool)
     zones = int(on.sum())
-    _, gain = env.response()
-    reach = float(gain[on].sum(axis=1).mean())
     minutes = env.physics.time_res / 60.0
     if env.control == "uniform":
         choice, form = "one power for all zones", '{"power": x}'
@@ -47,16 +45,23 @@ def job(env: HvacEnv, *, reasoning: bool) -> str:
     end = f"Think step by step, then end with {form}" if reasoning else f"Reply with {form} only"
     return (
         f"You control heating and cooling in a building with {zones} zones. Every {minutes:g} minutes choose "
-        f"{choice}, from -1 (full cooling) to 1 (full heating). Full power moves the zones about {reach:.0f} C. "
+        f"{choice}, from -1 (full cooling) to 1 (full heating). Full power moves the zones about {reach(env):.0f} C. "
         f"Zones drift towards the outside temperature and warm up in the sun. Keep them at {env.target:g} C: below "
         f"target heat (positive), above target cool (negative). The reward is near 0 when the zones are at target "
         f"and falls with the distance and the power used. {end}."
     )
 
 
-def _to_target(difference: float) -> str:
-    """The change wanted, with the sign of the power that brings it: a small model reads it off more surely."""
-    return f"{round(difference, 1) + 0.0:.1f} to target"
+def reach(env: HvacEnv) -> float:
+    """Degrees that full power moves the powered zones in one step, on average."""
+    on = env.physics.powered.astype(bool)
+    _, gain = env.response()
+    return float(gain[on].sum(axis=1).mean())
+
+
+def _needs(difference: float, full: float) -> str:
+    """The change wanted as a share of full power: a small model reads sign and size off more surely than a rule."""
+    return f"{round(difference / full, 2) + 0.0:.2f}"
 
 
 def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
@@ -75,11 +80,12 @@ def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
     if history:
         text += ". Recent powers and rewards: " + ", ".join(_past(record) for record in history)
     temperatures = env.temperatures[p.powered.astype(bool)]
+    full = reach(env)
     if env.control == "uniform":
-        mean = float(temperatures.mean())
-        return f"{text}. Zones {mean:.1f} C, {_to_target(env.target - mean)}."
-    zones = (f"{t:.1f} ({_to_target(env.target - t)})" for t in temperatures.tolist())
-    return f"{text}. Zones {', '.join(zones)}."
+        temperatures = temperatures.mean(keepdims=True)
+    zones = ", ".join(f"{t:.1f}" for t in temperatures.tolist())
+    needs = ", ".join(_needs(env.target - t, full) for t in temperatures.tolist())
+    return f"{text}. Zones {zones} C; weather aside, target needs {needs}."
 
 
 def _past(record: Record) -> str:
@@ -108,14 +114,16 @@ class Example:
 def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tuple[Example, ...]:
     """`count` examples on the given days, from strong cooling to strong heating; a function of the arguments alone.
 
-    A pool of states is drawn over days, hours and initial temperatures within `spread` of the target; of these, in
-    order of their best mean power, the middles of `count` equal parts are kept.
+    A pool of states is drawn over days, hours and initial temperatures within `spread` of the target. The third of
+    them in which the weather matters least is kept, since an example in which drift outweighs the distance from
+    target teaches a small model that there is no rule; of these, in order of their best mean power, the middles of
+    `count` equal parts.
     """
     if count == 0:
         return ()
     on = env.physics.powered.astype(bool)
     rng = np.random.default_rng(0)
-    pool: list[tuple[float, Example]] = []
+    pool: list[tuple[float, float, Example]] = []
     for index in range(EXAMPLE_POOL):
         day = int(days[index * len(days) // EXAMPLE_POOL])
         hour = int(rng.integers(24))
@@ -124,10 +132,14 @@ def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tu
         state = describe(env)
         action = np.round(one_step_optimal(env), 2)
         powers = action if env.control == "uniform" else action[on]
+        wanted = (env.target - env.temperatures[on].mean()) / reach(env)
+        drift = abs(float(wanted - powers.mean()))
         reward = env.step(action.astype(np.float32))[1]
-        pool.append((float(powers.mean()), Example(state, answer(powers.tolist()), reward, start)))
-    pool.sort(key=lambda item: item[0])
-    chosen = [pool[(2 * i + 1) * len(pool) // (2 * count)][1] for i in range(count)]
+        pool.append((drift, float(powers.mean()), Example(state, answer(powers.tolist()), reward, start)))
+    # Full power, which shows neither sign nor size of a rule, is left out unless there is too little else.
+    pool.sort(key=lambda item: (abs(item[1]) > 0.95, item[0]))
+    calm = sorted(pool[: max(count, len(pool) // 3)], key=lambda item: item[1])
+    chosen = [calm[(2 * i + 1) * len(calm) // (2 * count)][2] for i in range(count)]
     # Neighbours in the prompt should differ, or a small model copies the last one.
     return tuple(chosen[::2] + chosen[1::2])
 
@@ -138,11 +150,14 @@ def start_temperatures(env: HvacEnv, rng: np.random.Generator, spread: float) ->
     return np.round(env.target + offset + rng.uniform(-0.5, 0.5, env.zones), 2)
 
 
-def trunk(system: str, shots: Sequence[Example]) -> tuple[Message, ...]:
-    """Messages that every prompt of a family begins with: the job, then examples as turns of the conversation."""
+def trunk(system: str, shots: Sequence[Example], *, rewards: bool) -> tuple[Message, ...]:
+    """Messages that every prompt of a family begins with: the job, then examples as turns of the conversation.
+
+    rewards: say after each example what it was paid.
+    """
     messages = [Message("system", system)]
     for index, shot in enumerate(shots):
-        messages.append(Message("user", after(shots[index - 1].reward if index else None, shot.state)))
+        messages.append(Message("user", after(shots[index - 1].reward if index and rewards else None, shot.state)))
         messages.append(Message("assistant", shot.reply))
     return tuple(messages)
 

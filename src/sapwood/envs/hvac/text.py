@@ -202,7 +202,7 @@ def _examples(family: Hvac) -> tuple[Example, ...]:
 def _prompt_trunk(family: Hvac) -> tuple[Message, ...]:
     env = family.simulator()
     env.reset(options={"day": 0})
-    return trunk(job(env, reasoning=family.reasoning), family.examples)
+    return trunk(job(env, reasoning=family.reasoning), family.examples, rewards=family.history > 0)
 
 
 class HvacText(Env):
@@ -229,7 +229,7 @@ class HvacText(Env):
 
     def _last_example_reward(self) -> float | None:
         shots = self.family.examples
-        return shots[-1].reward if shots else None
+        return shots[-1].reward if shots and self.family.history else None
 
     def step(self, reply: str) -> Step:
         """Apply the powers of the reply, or 0 where it can't be read."""
