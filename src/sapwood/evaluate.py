@@ -131,9 +131,9 @@ class EvalTable:
     def render(self) -> Table:
         """The table for a terminal."""
         table = Table(title=self.heading, caption=self._caption(), caption_justify="left")
-        table.add_column("policy")
+        table.add_column("policy", no_wrap=True)
         for column in ("mean return", "95 % interval", "tasks", "parsed", "tokens/reply"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for result in self.results:
             interval = result.interval
             table.add_row(
