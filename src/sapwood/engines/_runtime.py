@@ -141,6 +141,7 @@ class _Layer:
     out_bias: Tensor | None
     mlp_norm: Tensor
     gate_up: Tensor
+    gate_up_packed: Tensor | None
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
@@ -207,6 +208,9 @@ class LeanRuntime(Runtime):
     def _load_layer(self, layer: Any, was: _Layer | None) -> _Layer:
         q, k, v, o, gate, up, down = _projections(layer)
         attention = layer.self_attn
+        gate_up = self._fuse((gate, up), was and was.gate_up)
+        # The widest layer gains enough from packing to repay it within a few steps; the narrower ones don't.
+        packed = torch.ops.mkldnn._reorder_linear_weight(gate_up, _PACKED_ROWS) if self._packable else None
         return _Layer(
             norm=layer.input_layernorm.weight.detach().to(self._dtype),
             qkv=self._fuse((q, k, v), was and was.qkv, rotated=(q, k)),
@@ -216,7 +220,8 @@ class LeanRuntime(Runtime):
             out=_shared_or_merged(o, self._dtype, self._reusable(o, was and was.out)),
             out_bias=self._bias(o),
             mlp_norm=layer.post_attention_layernorm.weight.detach().to(self._dtype),
-            gate_up=self._fuse((gate, up), was and was.gate_up),
+            gate_up=gate_up,
+            gate_up_packed=packed,
             gate_up_bias=self._bias(gate, up),
             down=_shared_or_merged(down, self._dtype, self._reusable(down, was and was.down)),
             down_bias=self._bias(down),
@@ -276,7 +281,8 @@ class LeanRuntime(Runtime):
                 x, q, scorer = x[plan.sample], q[plan.sample], plan.last
             mixed = scorer.attend(number, q, layer.heads).reshape(x.shape[0], -1)
             _add_linear(x, mixed, layer.out, layer.out_bias)
-            hidden = F.linear(F.rms_norm(x, shape, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
+            normed = F.rms_norm(x, shape, layer.mlp_norm, eps)
+            hidden = _product(normed, layer.gate_up, layer.gate_up_packed, layer.gate_up_bias)
             gate, up = hidden.chunk(2, 1)
             _add_linear(x, F.silu(gate).mul_(up), layer.down, layer.down_bias)
         if plan.last is None and plan.sample is not None:
@@ -318,16 +324,20 @@ class LeanRuntime(Runtime):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> [B, V]."""
-        if self._packed is None:
-            return self._transform(F.linear(hidden, self._head, self._head_bias))
-        product = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self._head_bias, "none", [], "")
-        return self._transform(product)
+        return self._transform(_product(hidden, self._head, self._packed, self._head_bias))
 
 
 def _window(attention: Any) -> int | None:
     config = attention.config
     # Mistral keeps the window in its config alone; the others tell layer by layer.
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+
+
+def _product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, by the packed weight where there is one."""
+    if packed is None:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def _add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
