@@ -63,7 +63,8 @@ def test_it_learns(model_dir, tmp_path, lora, steps, rate, reached):
 def test_shuffled_rewards_teach_nothing(model_dir, tmp_path):
     train(recipe_for(model_dir, tmp_path / "run", rewards=[{"name": "tests.learning:ShuffledLowTokens"}]))
     rewards = rewards_of(tmp_path / "run")
-    assert abs(rewards[-3:].mean() - rewards[:3].mean()) < 0.1
+    # The policy wanders with the noise; what it must not do is improve (the learner above gains 0.4).
+    assert rewards[-3:].mean() < rewards[:3].mean() + 0.1
 
 
 @pytest.mark.parametrize(
