@@ -238,10 +238,7 @@ def _tell(result: TrainResult, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(result.table.render())
+    Console().print(result.table.render())
     for name, path in {"run": result.run_dir, **paths}.items():
         if path and path.exists():
             print(f"{name:<8} {path}")

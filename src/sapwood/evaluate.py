@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.table import Table
 from scipy.special import stdtrit
 
@@ -130,9 +131,9 @@ class EvalTable:
 
     def render(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=self.heading, caption=self._caption(), caption_justify="left")
+        table = Table(title=self.heading, caption=self._caption(), caption_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("policy", no_wrap=True)
-        for column in ("mean return", "95 % interval", "tasks", "parsed", "tokens/reply"):
+        for column in ("mean return", "95 % interval", "tasks", "parsed", "tokens"):
             table.add_column(column, justify="right", no_wrap=True)
         for result in self.results:
             interval = result.interval
