@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import group_size
 import grpo_step
+import hvac_steps
 import sampling
 import tree_peak
 import update_docs
@@ -23,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[Options], None]] = {
     "sampling_vs_vllm": lambda options: sampling.run(options, ("vllm",)),
     "group_size": group_size.run,
     "grpo_step": grpo_step.run,
+    "hvac_steps": hvac_steps.run,
 }
 
 
