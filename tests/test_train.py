@@ -33,7 +33,7 @@ def recipe_for(model_dir, run_dir, **changes):
         "rewards": [{"name": "tests.learning:LowTokens"}],
         "algorithm": {"name": "grpo", "group_size": 8},
         "engine": {"name": "local", "max_new_tokens": 6, "ignore_eos": True},
-        "optim": {"learning_rate": 1e-2, "tasks_per_step": 4},
+        "optim": {"learning_rate": 1e-2, "batch_size": 4},
         "eval": {"tasks": 1, "at_start": False},
         "samples": {"every": 0},
     }

@@ -82,6 +82,14 @@ class Chat:
         closing, following = self._continuation(tuple(messages))
         return following if ended else _frozen(np.concatenate([closing, following]))
 
+    def reply(self, text: str) -> Ids:
+        """Tokens [T] of an assistant's reply that was not sampled (a demonstration), its end-of-turn token included.
+
+        They are what sampling the same text would have given: the reply is tokenised by itself, after the prompt.
+        """
+        closing = [self._specials[self._turn_end]] if self._turn_end is not None else list(self.end_token_ids[:1])
+        return np.concatenate([np.array(self._ids(text, split_special_tokens=True), np.int64), np.array(closing)])
+
     def ended(self, reply_ids: Ids) -> bool:
         """Whether the sampled tokens [T] close the assistant's turn themselves."""
         return reply_ids.size > 0 and int(reply_ids[-1]) in self.end_token_ids

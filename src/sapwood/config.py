@@ -130,7 +130,7 @@ class OptimSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_gap: Annotated[float, Field(gt=0)] = 0.1
     token_budget: Positive = 8192
-    tasks_per_step: Positive = 4
+    batch_size: Positive = 4
 
     @model_validator(mode="after")
     def _minimum_below_peak(self) -> OptimSection:

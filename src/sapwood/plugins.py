@@ -20,6 +20,7 @@ KINDS = {
     "env": "sapwood.envs",
     "engine": "sapwood.engines",
     "reward": "sapwood.rewards",
+    "metric": "sapwood.metrics",
 }
 
 

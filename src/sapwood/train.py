@@ -191,7 +191,7 @@ class Trainer:
 
     def _rollout(self, step: int) -> tuple[list[Group], list[Row]]:
         """A step's groups. With resampling, groups that can't teach are replaced, a bounded number of times."""
-        wanted, seed = self.recipe.optim.tasks_per_step, self.recipe.run.seed
+        wanted, seed = self.recipe.optim.batch_size, self.recipe.run.seed
         sampling = self.recipe.sampling()
         groups: list[Group] = []
         for attempt in range(1 + MAX_RESAMPLES):

@@ -123,6 +123,7 @@ class Row:
     sampled_logprobs [S], kept_logmass [S]: from the engine. old_logprobs [S]: the trainer's policy before the update.
     reference_logprobs [S], values [S], returns [S], advantages [S]: filled by scoring and credit where needed.
     group, member: which trajectory of which group of the batch; reward: that trajectory's total.
+    bootstrap: the critic's value of the state after the row's last token, for rows that a budget cut short.
     temperature: logits are divided by it in every training-side log-probability.
     """
 
@@ -139,6 +140,7 @@ class Row:
     group: int = 0
     member: int = 0
     reward: float = 0.0
+    bootstrap: float = 0.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:

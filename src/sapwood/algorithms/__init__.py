@@ -10,21 +10,32 @@ Axis letters: R rows of a micro-batch, S its scored tokens (all rows concatenate
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sapwood.ops.batch import Forward, LossOutput, Needs, RowBatch, Totals
 from sapwood.types import Group, Row
 
-__all__ = ["Algorithm", "Forward", "LossOutput", "Needs", "RowBatch", "Totals"]
+__all__ = ["Algorithm", "Forward", "LearnsFrom", "LossOutput", "Needs", "RowBatch", "Totals"]
+
+#: What a group is: rollouts of a task, one demonstration, a (chosen, rejected) pair, or one labelled reply.
+LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels"]
 
 
 class Algorithm(BaseModel, ABC):
-    """An RL or preference algorithm; its fields are the options of the recipe's `algorithm` section."""
+    """An RL or preference algorithm; its fields are the options of the recipe's `algorithm` section.
+
+    learns_from: what its groups are. Of a pair, member 0 is chosen and member 1 rejected, and the difference of their
+    rewards is the margin (0 where the data gives none); a labelled reply is desirable where its reward is positive.
+    atomic: the rows of a group are coupled by the loss, so they share a micro-batch.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learns_from: ClassVar[LearnsFrom] = "rollouts"
+    atomic: ClassVar[bool] = False
 
     epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
     updates: int = Field(default=1, ge=1, description="optimiser steps that each pass is split into")
@@ -48,6 +59,17 @@ class Algorithm(BaseModel, ABC):
     def needs(self) -> Needs:
         """What scoring and the forward must provide."""
 
+    def begin(self, step: int, steps: int) -> dict[str, float]:
+        """Set what is scheduled (a clip range, an entropy coefficient) for step 1..steps; returns it for the log."""
+        return {}
+
+    def augment(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows that are scored along with these but not trained on (KTO's mismatched replies); none by default.
+
+        `credit` gets them after the others, and must leave them out of what it returns.
+        """
+        return []
+
     @abstractmethod
     def credit(self, groups: Sequence[Group], rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Fill `advantages` (and `returns`) of the rows; returns the rows to train on and metrics of the batch.
@@ -59,6 +81,23 @@ class Algorithm(BaseModel, ABC):
     def loss(self, forward: Forward, batch: RowBatch, totals: Totals) -> LossOutput:
         """The loss of a micro-batch, divided by counts of the whole update only."""
 
+    def adapt(self, metrics: Mapping[str, float]) -> bool:
+        """See the metrics of one update; True ends the updates of this batch (a target KL, say)."""
+        return False
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """See the means of a step's metrics; adapts coefficients for the next step."""
+
+    def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that are functions of summed ones (perplexity, explained variance); added before logging.
+
+        A name that starts with "_" is left out of the log: moments that `loss` returns for this method.
+        """
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Adaptive coefficients to checkpoint; {} if there are none."""
         return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""

@@ -17,12 +17,21 @@ from sapwood.types import Row
 
 @dataclass(frozen=True)
 class Needs:
-    """What scoring must fill in before `credit`, and what the training forward must return."""
+    """What scoring must fill in before `credit`, and what the training forward must return.
+
+    old_logprobs, reference_logprobs: filled in by scoring. values: a critic's values, in both. logprobs: the language
+    model's head in the training forward. scores: the policy is a classifier with a scalar head (a reward model), which
+    is read at the last token of every row in the training forward. entropies: wanted there for the metrics;
+    entropy_grad: they carry a gradient.
+    """
 
     old_logprobs: bool = False
     reference_logprobs: bool = False
     values: bool = False
-    entropy_grad: bool = False  # entropies in the training forward carry a gradient
+    logprobs: bool = True
+    scores: bool = False
+    entropies: bool = True
+    entropy_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,26 +50,32 @@ class Totals:
 
 @dataclass(frozen=True)
 class Forward:
-    """The training forward of a micro-batch. logprobs [S], entropies [S] (None unless computed), values [S] or None.
+    """The training forward of a micro-batch. All fp32; what the algorithm's needs didn't ask for is None.
 
-    Log-probabilities and entropies use logits divided by the row's temperature, over the full vocabulary, in fp32.
+    logprobs, entropies [S]: of logits divided by the row's temperature, over the full vocabulary (logprobs is empty,
+    [0], where only scores are needed). values [S]: the critic's value of the state that each scored token was chosen
+    in, that is of everything before it. scores [R]: the scalar head at each row's last token.
     """
 
     logprobs: Tensor
     entropies: Tensor | None = None
     values: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RowBatch:
     """The scored tokens of a micro-batch, concatenated in row order. row [S]: index of each token's row; the rest [S].
 
-    lengths [R]: scored tokens of each row. Arrays that a row lacks are None for all.
+    lengths [R]: scored tokens of each row; rewards [R]; group, member [R]: which trajectory of which group of the batch
+    a row belongs to (of a preference pair, member 0 is the chosen one). Arrays that a row lacks are None for all.
     """
 
     row: Tensor
     lengths: Tensor
-    rewards: Tensor  # [R]
+    rewards: Tensor
+    group: Tensor
+    member: Tensor
     sampled_logprobs: Tensor | None
     kept_logmass: Tensor | None
     old_logprobs: Tensor | None
@@ -87,6 +102,8 @@ class RowBatch:
             row=torch.repeat_interleave(torch.arange(len(rows)), lengths).to(device),
             lengths=lengths.to(device),
             rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32, device=device),
+            group=torch.tensor([row.group for row in rows], dtype=torch.long, device=device),
+            member=torch.tensor([row.member for row in rows], dtype=torch.long, device=device),
             **{name: join(name) for name in _TOKEN_ARRAYS},
         )
 

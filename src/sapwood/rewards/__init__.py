@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +17,12 @@ class Reward(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: float = 1.0
+
+    def bind(self, models: Any) -> None:
+        """Get ready, once, before the first score; models: the run's (sapwood.models.roles.Models).
+
+        For rewards that are models themselves and may share the run's base. Raises SapwoodError where they can't work.
+        """
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:

@@ -15,10 +15,13 @@ from sapwood.tree.trie import distinct_tokens, shared_prefix, sort_order
 from sapwood.types import Ids, Row
 
 
-def pack(rows: Sequence[Row], token_budget: int) -> list[list[Row]]:
-    """Micro-batches of at most `token_budget` distinct tokens each; every row in exactly one.
+def pack(
+    rows: Sequence[Row], token_budget: int, *, atomic: bool = False, max_groups: int | None = None
+) -> list[list[Row]]:
+    """Micro-batches of at most `token_budget` distinct tokens and `max_groups` groups each; every row in exactly one.
 
-    Raises BudgetError, naming the row, where a single row exceeds the budget.
+    atomic: the rows of a group share a micro-batch. Raises BudgetError, naming the row or group, where one exceeds the
+    budget.
     """
     units: dict[int, list[Row]] = {}
     for row in rows:
@@ -32,15 +35,22 @@ def pack(rows: Sequence[Row], token_budget: int) -> list[list[Row]]:
     in_order = [list(units.values())[i] for i in sort_order([head.token_ids for head in heads])]
     batches: list[list[Row]] = []
     current: list[Row] = []
+    members = 0
     for unit in in_order:
-        if current and _cost(current + unit) <= token_budget:
-            current = current + unit
+        if current and (max_groups is None or members < max_groups) and _cost(current + unit) <= token_budget:
+            current, members = current + unit, members + 1
             continue
         if current:
             batches.append(current)
-        parts = [unit] if _cost(unit) <= token_budget else _split(unit, token_budget)
+        cost = _cost(unit)
+        if atomic and cost > token_budget:
+            raise BudgetError(
+                f"group {unit[0].group} has {cost} distinct tokens that can't be split, more than optim.token_budget = "
+                f"{token_budget}; raise the budget or shorten prompts or replies."
+            )
+        parts = [unit] if cost <= token_budget else _split(unit, token_budget)
         batches.extend(parts[:-1])
-        current = parts[-1]
+        current, members = parts[-1], 1
     if current:
         batches.append(current)
     return batches
