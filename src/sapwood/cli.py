@@ -128,7 +128,7 @@ def _recipe_arguments(made: argparse.ArgumentParser) -> None:
         metavar="RECIPE|KEY=VALUE",
         help="a recipe, overlays on top of it, and overrides such as optim.learning_rate=3e-5",
     )
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for model.device=...")
+    made.add_argument("--device", metavar="NAME", help="short for model.device=...: auto, cpu, cuda or cuda:1")
 
 
 def _train_arguments(made: argparse.ArgumentParser) -> None:
@@ -232,13 +232,16 @@ def _train(arguments: argparse.Namespace) -> int:
 def _tell(result: TrainResult, as_json: bool) -> None:
     """The table and the paths of what a run left."""
     paths = {"adapter": result.policy_dir, "curve": result.plot, "samples": result.run_dir / "samples"}
+    tables = [table for table in (result.figures, result.table) if table is not None]
     if as_json:
-        found = {name: str(path) for name, path in paths.items() if path}
-        print(json.dumps({"evaluation": result.table.to_json(), "run": str(result.run_dir), **found}, sort_keys=True))
+        found = {name: str(path) for name, path in paths.items() if path and path.exists()}
+        told = {key: value for table in tables for key, value in table.to_json().items()}
+        print(json.dumps({"evaluation": told, "run": str(result.run_dir), **found}, sort_keys=True))
         return
     from rich.console import Console
 
-    Console().print(result.table.render())
+    for table in tables:
+        Console().print(table.render())
     for name, path in {"run": result.run_dir, **paths}.items():
         if path and path.exists():
             print(f"{name:<8} {path}")

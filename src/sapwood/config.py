@@ -27,9 +27,11 @@ from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from sapwood import configfile, plugins
 from sapwood.configfile import KeyPath, Source
+from sapwood.data.section import DataSection
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily
 from sapwood.errors import ConfigError
+from sapwood.metrics import Metric
 from sapwood.rewards import Reward
 
 if TYPE_CHECKING:
@@ -54,20 +56,23 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where and how long. dir: the run folder, which must not exist yet; seed: all randomness derives from it."""
+    """Where and how long. dir: the run folder, which must not exist yet; seed: all randomness derives from it.
+
+    steps: optimisation steps (a step sees one batch); or epochs: passes over the data.
+    """
 
     dir: Path
-    steps: Positive
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     seed: Count = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_or_epochs(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "epochs" in data:
-            if data.get("steps") is not None:
-                raise ValueError("run.epochs and run.steps are both given; keep run.steps")
-            raise ValueError("run.epochs counts passes over data, but an env makes its tasks: give run.steps")
-        return data
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> RunSection:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("run.steps is missing: give run.steps, or run.epochs for passes over the data")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("run.epochs and run.steps are both given; keep one")
+        return self
 
 
 class LoraSection(Section):
@@ -90,40 +95,103 @@ class LoraSection(Section):
 class ModelSection(Section):
     """Which policy. name: a known name, a folder or a hub id; init_from: an adapter, checkpoint or run.
 
+    dtype: of the weights; autocast: of the passes (mixed precision: float32 weights, float16 or bfloat16 products).
+    cache_dir: where hub files are kept; device_map: how accelerate spreads a large model over devices.
     tree: False computes plain rows in place of the token tree: the same results, to compare or to find a fault.
     """
 
     name: str = "smollm2-135m"
     init_from: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
     lora: LoraSection | None = Field(default_factory=LoraSection)
     quantize: Literal["none", "8bit", "4bit"] = "none"
     gradient_checkpointing: StrictBool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device_map: str | None = None
+    cache_dir: Path | None = None
     trust_remote_code: StrictBool = False
     chat_template: Path | None = None
     tree: StrictBool = True
 
     @model_validator(mode="after")
-    def _quantised_base_needs_adapters(self) -> ModelSection:
+    def _trainable(self) -> ModelSection:
         if self.quantize != "none" and self.lora is None:
             raise ValueError(
                 f"model.quantize is {self.quantize} and model.lora is null: quantised weights can't be "
                 "trained; give model.lora.rank, or set model.quantize=none"
             )
+        if self.dtype == "float16" and self.lora is None:
+            raise ValueError(
+                "model.dtype is float16 and model.lora is null: float16 weights lose small updates; set "
+                "model.dtype=float32 with model.autocast=float16, or train adapters with model.lora.rank"
+            )
+        return self
+
+
+class ReferenceSection(Section):
+    """What the policy is held to, where that isn't the policy at step 0.
+
+    name: a model of its own (a folder or hub id); init_from: an adapter or run on it. precompute: compute its
+    log-probabilities over the data once, before training, and keep them in the run folder.
+    """
+
+    name: str | None = None
+    init_from: Path | None = None
+    precompute: StrictBool = False
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ReferenceSection:
+        if self.name is None and self.init_from is None and not self.precompute:
+            raise ValueError("reference is empty: give reference.name, reference.init_from or reference.precompute")
+        return self
+
+
+class CriticSection(Section):
+    """The value model. kind: an adapter and a head on the policy's base, a head on the policy's own hidden states, or
+    a model of its own (name: a folder or hub id; a reward model's is a common start).
+
+    init_from: an adapter or run to start from; detach: of kind head, keep its gradient out of the policy.
+    """
+
+    kind: Literal["auto", "adapter", "head", "model"] = "auto"
+    name: str | None = None
+    init_from: Path | None = None
+    lora: LoraSection | None = None
+    detach: StrictBool = False
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> CriticSection:
+        if self.name is not None and self.kind in ("adapter", "head"):
+            raise ValueError(f"critic.name has no effect with critic.kind: {self.kind}; remove it or set kind: model")
+        if self.detach and self.kind != "head":
+            raise ValueError(f"critic.detach has no effect with critic.kind: {self.kind}; remove it or set kind: head")
+        if self.kind == "head" and (self.lora is not None or self.init_from is not None):
+            raise ValueError("critic.kind: head has no adapter and no start of its own; remove critic.lora and init_from")
         return self
 
 
 class OptimSection(Section):
-    """AdamW, and what one step sees. token_budget: distinct tokens of a micro-batch; it never changes a gradient.
+    """The optimiser, and what one step sees: batch_size x gradient_accumulation tasks to roll out, or records.
 
-    max_gap: a run stops where sampler and trainer disagree by more nats a token (the k3 estimate of their KL).
+    gradient_accumulation: the step adds up that many micro-batches of batch_size; token_budget: distinct tokens of a
+    micro-batch. Neither changes a gradient. head_learning_rate, critic_learning_rate: of scalar heads made from
+    scratch, and of the critic with its head (learning_rate unless given).
+    schedule: plateau multiplies the rate by plateau_factor where `plateau_metric` hasn't improved for
+    plateau_patience evaluations. max_gap: a run stops where sampler and trainer disagree by more nats a token (the k3
+    estimate of their KL).
     """
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    critic_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     warmup_steps: Count = 0
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    plateau_metric: str | None = None
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    plateau_patience: Count = 2
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -131,6 +199,12 @@ class OptimSection(Section):
     max_gap: Annotated[float, Field(gt=0)] = 0.1
     token_budget: Positive = 8192
     batch_size: Positive = 4
+    gradient_accumulation: Positive = 1
+
+    @property
+    def groups_per_step(self) -> int:
+        """Tasks or records that one step sees."""
+        return self.batch_size * self.gradient_accumulation
 
     @model_validator(mode="after")
     def _minimum_below_peak(self) -> OptimSection:
@@ -139,21 +213,45 @@ class OptimSection(Section):
                 f"optim.min_learning_rate ({self.min_learning_rate:g}) is above optim.learning_rate "
                 f"({self.learning_rate:g}): lower it"
             )
+        if self.plateau_metric is not None and self.schedule != "plateau":
+            raise ValueError(
+                f"optim.plateau_metric has no effect with schedule: {self.schedule}; remove it or set schedule: plateau"
+            )
         return self
 
 
 class EvalSection(Section):
-    """Held-out evaluation. every: steps between evaluations, 0 for the end only; tasks: held-out tasks.
+    """Held-out evaluation. every: steps between evaluations, 0 for the end only.
 
-    at_start: evaluate the untrained model too; baselines: run the environment's controllers without a language
-    model too; temperature: 0 is greedy.
+    tasks: held-out tasks of an environment; max_samples: at most so many held-out records or tasks; at_start: evaluate
+    the untrained model too; baselines: run the environment's controllers without a language model too; temperature: 0
+    is greedy; metrics: further measurements of the held-out replies (pass_at_k, or "file.py:function").
     """
 
     every: Count = 0
     tasks: Positive = 16
+    max_samples: Positive | None = None
     at_start: StrictBool = True
     baselines: StrictBool = True
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    metrics: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def task_count(self) -> int:
+        """Held-out tasks to play."""
+        return self.tasks if self.max_samples is None else min(self.tasks, self.max_samples)
+
+
+class EarlyStoppingSection(Section):
+    """Stop where a metric hasn't improved by more than min_delta for `patience` of its measurements.
+
+    metric: a logged name; the held-out return, or the held-out loss where there is no environment, unless given.
+    """
+
+    metric: str | None = None
+    mode: Literal["max", "min", "auto"] = "auto"
+    patience: Positive = 3
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
 class CheckpointSection(Section):
@@ -174,12 +272,16 @@ class Recipe(Section):
 
     run: RunSection
     model: ModelSection = Field(default_factory=ModelSection)
-    env: dict[str, Any]
-    rewards: tuple[dict[str, Any], ...] = ({"name": "env", "weight": 1.0},)
+    reference: ReferenceSection | None = None
+    critic: CriticSection | None = None
+    env: dict[str, Any] | None = None
+    data: DataSection | None = None
+    rewards: tuple[dict[str, Any], ...] | None = None
     algorithm: dict[str, Any]
-    engine: dict[str, Any] = {"name": "local"}
+    engine: dict[str, Any] | None = None
     optim: OptimSection = Field(default_factory=OptimSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    early_stopping: EarlyStoppingSection | None = None
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     samples: SamplesSection = Field(default_factory=SamplesSection)
     trackers: tuple[Literal["tensorboard"], ...] = ()
@@ -191,17 +293,28 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.optim.warmup_steps > self.run.steps:
+        if self.run.steps is not None and self.optim.warmup_steps > self.run.steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is more than run.steps ({self.run.steps}): "
                 "the learning rate would never reach its value; lower it"
             )
-        if not self.rewards:
+        if self.run.epochs is not None and self.data is None:
+            raise ValueError("run.epochs counts passes over data, but an env makes its tasks: give run.steps")
+        if self.rewards is not None and not self.rewards:
             raise ValueError("rewards is empty, so nothing would be learnt: give at least [{name: env}]")
+        if self.env is None and self.data is None:
+            raise ValueError("env is missing: give env to learn from rollouts in a world, or data to learn from files")
         return self
+
+    @property
+    def plays(self) -> bool:
+        """Whether anything is sampled: rollouts to learn from, or held-out tasks of an environment."""
+        return self.engine is not None
 
     def build_env(self) -> EnvFamily:
         """The environment family of the `env` section. Raises ConfigError."""
+        if self.env is None:
+            raise ConfigError("env is missing: this recipe learns from data and names no environment; add env to play.")
         return _build("env", self.env, ("env",), EnvFamily)
 
     def build_algorithm(self) -> Algorithm:
@@ -211,20 +324,27 @@ class Recipe(Section):
         return _build("algorithm", self.algorithm, ("algorithm",), Algorithm)
 
     def build_rewards(self) -> list[Reward]:
-        """The rewards, in order. Raises ConfigError."""
-        return [_build("reward", item, ("rewards", index), Reward) for index, item in enumerate(self.rewards)]
+        """The rewards, in order; none where nothing is played. Raises ConfigError."""
+        return [_build("reward", item, ("rewards", index), Reward) for index, item in enumerate(self.rewards or ())]
+
+    def build_metrics(self) -> list[Metric]:
+        """The further metrics of evaluation, in order. Raises ConfigError."""
+        return [
+            _build("metric", item, ("eval", "metrics", index), Metric) for index, item in enumerate(self.eval.metrics)
+        ]
 
     def sampling(self) -> Sampling:
         """The part of the `engine` section that every engine shares."""
-        return _sampling(self.engine, Source({"engine": self.engine}))
+        engine = self.engine or {}
+        return _sampling(engine, Source({"engine": engine}))
 
     def engine_options(self) -> dict[str, Any]:
         """The engine's own options: everything in its section but the name and the sampling options."""
-        return _own_options(self.engine)
+        return _own_options(self.engine or {})
 
     def check_trainable(self) -> None:
         """Refuse what can be sampled from but can't teach. Raises ConfigError."""
-        if self.sampling().temperature == 0:
+        if self.build_algorithm().learns_from == "rollouts" and self.sampling().temperature == 0:
             raise ConfigError(
                 "engine.temperature is 0: greedy replies to a task are all the same, so there is nothing to "
                 "learn from; set engine.temperature=1.0."
@@ -260,18 +380,65 @@ def _parse(source: Source) -> Recipe:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
         raise ConfigError(configfile.explain(error, source, (), Recipe)) from error
-    from_section = {
-        "env": _resolve("env", recipe.env, ("env",), EnvFamily, source),
-        "rewards": tuple(
-            _resolve("reward", item, ("rewards", index), Reward, source) for index, item in enumerate(recipe.rewards)
-        ),
-        "engine": _resolve_engine(recipe.engine, source),
-    }
     _name("algorithm", recipe.algorithm, ("algorithm",), source)
-    from sapwood.algorithms import Algorithm  # imports torch, so only once everything else is right
+    from sapwood.algorithms import Algorithm  # imports torch, so only once the file itself is right
 
-    from_section["algorithm"] = _resolve("algorithm", recipe.algorithm, ("algorithm",), Algorithm, source)
-    return recipe.model_copy(update=from_section)
+    algorithm = _build("algorithm", recipe.algorithm, ("algorithm",), Algorithm, source)
+    recipe = _with_defaults(recipe, algorithm, source)
+    resolved: dict[str, Any] = {
+        "algorithm": {"name": recipe.algorithm["name"], **_plain(algorithm, ("algorithm",), source)},
+        "eval": recipe.eval.model_copy(
+            update={
+                "metrics": tuple(
+                    _resolve("metric", item, ("eval", "metrics", index), Metric, source)
+                    for index, item in enumerate(recipe.eval.metrics)
+                )
+            }
+        ),
+    }
+    if recipe.env is not None:
+        resolved["env"] = _resolve("env", recipe.env, ("env",), EnvFamily, source)
+    if recipe.rewards is not None:
+        resolved["rewards"] = tuple(
+            _resolve("reward", item, ("rewards", index), Reward, source) for index, item in enumerate(recipe.rewards)
+        )
+    if recipe.engine is not None:
+        resolved["engine"] = _resolve_engine(recipe.engine, source)
+    return recipe.model_copy(update=resolved)
+
+
+def _with_defaults(recipe: Recipe, algorithm: Algorithm, source: Source) -> Recipe:
+    """Rewards and engine filled in where something is played; a section that would have no effect is refused."""
+    name, rollouts = recipe.algorithm["name"], algorithm.learns_from == "rollouts"
+
+    def refuse(section: str, reason: str) -> None:
+        raise ConfigError(f"{source.place((section,))}: {reason}")
+
+    if rollouts and recipe.env is not None and recipe.data is not None:
+        refuse("data", f"{name} learns from rollouts, either in env or on the prompts of data; give one of them.")
+    if not rollouts and recipe.data is None:
+        refuse("algorithm", f"{name} learns from {algorithm.learns_from}: give data (a file, see docs/data.md).")
+    if recipe.critic is not None and not algorithm.needs.values:
+        refuse("critic", f"algorithm {name} has no critic; remove the section or choose ppo.")
+    if recipe.reference is not None and not algorithm.needs.reference_logprobs:
+        refuse("reference", f"algorithm {name} with these options uses no reference; remove the section.")
+    if recipe.reference is not None and recipe.reference.precompute and rollouts:
+        refuse("reference", f"reference.precompute is for data, but {name} samples its replies; remove it.")
+    if not rollouts and recipe.env is None:
+        for section in ("rewards", "engine"):
+            if getattr(recipe, section) is not None:
+                refuse(section, f"{section} has no effect: {name} learns from data, and no env is evaluated; remove it.")
+        if recipe.eval.metrics:
+            raise ConfigError(
+                f"{source.place(('eval', 'metrics'))}: eval.metrics measure replies in an env; give env, or remove them."
+            )
+        return recipe
+    rewards = recipe.rewards
+    if rewards is None:
+        if recipe.env is None:
+            refuse("data", "rewards is missing: prompts pay nothing by themselves; give e.g. rewards: [exact_match].")
+        rewards = ({"name": "env"},)
+    return recipe.model_copy(update={"rewards": rewards, "engine": recipe.engine or {"name": "local"}})
 
 
 def _name(kind: str, section: Mapping[str, Any], path: KeyPath, source: Source) -> str:
@@ -313,11 +480,11 @@ def _validate(model: type[BaseModel], options: dict[str, Any], path: KeyPath, so
         raise type(error)(f"{source.place(path)}: {error}") from error
 
 
-def _nest(path: KeyPath, section: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(path: KeyPath, section: Mapping[Any, Any]) -> dict[Any, Any]:
     """Data in which `section` sits at `path`, so that an error can point into it."""
-    if len(path) == 1:
-        return {str(path[0]): section}
-    return {str(path[0]): {path[1]: section}}
+    for part in reversed(path):
+        section = {part: section}
+    return dict(section)
 
 
 def _resolve(kind: str, section: Mapping[str, Any], path: KeyPath, contract: type, source: Source) -> dict[str, Any]:

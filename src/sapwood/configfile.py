@@ -97,7 +97,7 @@ def read(path: Path) -> Source:
     finally:
         loader.dispose()
     if data is None:
-        raise ConfigError(f"{path}: the recipe is empty; it needs at least run, env and algorithm.")
+        raise ConfigError(f"{path}: the recipe is empty; it needs at least run, algorithm, and env or data.")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (run:, model: ...), not {_show(data)}.")
     return Source(normalise(data), places, str(path))
@@ -135,6 +135,13 @@ def normalise(data: Mapping[str, Any]) -> dict[str, Any]:
             result[section] = [{"name": item} if isinstance(item, str) else item for item in value]
         elif section != "rewards" and isinstance(value, str):
             result[section] = {"name": value}
+    if isinstance(result.get("data"), str | list | tuple):  # a mapping, so that overlays can add to it
+        files = [result["data"]] if isinstance(result["data"], str) else result["data"]
+        result["data"] = {"sources": [{"path": item} if isinstance(item, str) else item for item in files]}
+    evaluation = result.get("eval")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("metrics"), list | tuple):
+        named = [{"name": item} if isinstance(item, str) else item for item in evaluation["metrics"]]
+        result["eval"] = {**evaluation, "metrics": named}
     return result
 
 

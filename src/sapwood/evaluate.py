@@ -1,7 +1,8 @@
 """What a policy earns on held-out tasks, beside controllers without a language model.
 
 Returns are physical: a step counts by its info["physical_reward"] or info["env_reward"] where the environment scales
-or shapes what it pays, so that a table compares like with like. Intervals are two-sided 95 % Student t intervals of the
+or shapes what it pays, so that a table compares like with like; in worlds that pay nothing themselves (prompts), the
+return is the recipe's weighted reward. Intervals are two-sided 95 % Student t intervals of the
 mean over tasks (one episode a task): exact for normal returns, and a good approximation from about 15 tasks on. Two
 policies are compared by the mean of their differences task by task, which removes what the tasks have in common.
 """
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily, Split
 from sapwood.envs.prompts import Prompts
 from sapwood.errors import ConfigError, DataError
+from sapwood.metrics import Metric
+from sapwood.rewards import Reward
 from sapwood.rollout import collect, records
 from sapwood.run import writing
 from sapwood.types import Group, Ids, Task, Trajectory, Turn
@@ -71,7 +74,8 @@ class EvalResult:
 
     returns: physical return by task id; failed: episodes whose environment failed, which have no return; parsed,
     fallback: share of the replies that were parsed, and that led to a fallback action (None where the environment
-    doesn't parse, or for a controller); reply_tokens: mean tokens of a reply; turns: replies in all.
+    doesn't parse, or for a controller); reply_tokens: mean tokens of a reply; turns: replies in all; metrics: reward
+    parts ("reward/NAME") and what the recipe's eval.metrics measured.
     """
 
     name: str
@@ -81,6 +85,7 @@ class EvalResult:
     parsed: float | None = None
     fallback: float | None = None
     reply_tokens: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def interval(self) -> Interval:
@@ -101,6 +106,7 @@ class EvalResult:
             "parsed": self.parsed,
             "fallback": self.fallback,
             "reply_tokens": self.reply_tokens,
+            "metrics": {key: _finite(value) for key, value in self.metrics.items()},
             "returns": dict(self.returns),
         }
 
@@ -172,6 +178,28 @@ class EvalTable:
         return f"{ours} - {theirs}, task by task: {difference.mean:+.3f}{interval} over {difference.n} tasks"
 
 
+@dataclass(frozen=True)
+class MetricTable:
+    """Held-out metrics of data, before and after. results: metrics by name of the model."""
+
+    heading: str
+    results: Mapping[str, Mapping[str, float]]
+
+    def render(self) -> Table:
+        """The table for a terminal."""
+        table = Table(title=self.heading, box=SIMPLE, pad_edge=False)
+        table.add_column("metric", no_wrap=True)
+        for name in self.results:
+            table.add_column(name, justify="right", no_wrap=True)
+        for metric in dict.fromkeys(key for values in self.results.values() for key in values):
+            table.add_row(metric, *(_number(values.get(metric, math.nan)) for values in self.results.values()))
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {"held_out": {"heading": self.heading, "metrics": {k: dict(v) for k, v in self.results.items()}}}
+
+
 def evaluate_policy(
     family: EnvFamily,
     tasks: Sequence[Task],
@@ -181,22 +209,32 @@ def evaluate_policy(
     seed: int,
     max_context: int | None = None,
     *,
+    rewards: Sequence[Reward] = (),
+    metrics: Sequence[Metric] = (),
     name: str = "policy",
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Play every task once. Raises as `sapwood.rollout.collect` does."""
+    """Play every task, as often as the metric that wants the most attempts. Raises as `sapwood.rollout.collect` does.
+
+    With more attempts than one, the return of a task is their mean.
+    """
     groups = collect(
         family,
         tasks,
-        1,
+        max((metric.attempts for metric in metrics), default=1),
         engine,
         chat,
         sampling,
         seed,
         max_context=max_context,
+        rewards=rewards,
         progress=progress and (lambda done, total: progress(name, done, total)),
     )
-    return summarise(name, groups)
+    result = summarise(name, groups)
+    measured: dict[str, float] = {}
+    for metric in metrics:
+        measured |= metric.compute(groups)
+    return replace(result, metrics={**result.metrics, **measured})
 
 
 def summarise(name: str, groups: Sequence[Group]) -> EvalResult:
@@ -216,7 +254,17 @@ def summarise(name: str, groups: Sequence[Group]) -> EvalResult:
         parsed=_share(turn.info["parsed"] != "failed" for turn in turns if "parsed" in turn.info),
         fallback=_share(turn.info["fallback"] for turn in turns if "fallback" in turn.info),
         reply_tokens=_share(turn.token_ids.size for turn in turns),
+        metrics=_part_means(trajectories),
     )
+
+
+def _part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means of the reward parts, where there are several to tell apart."""
+    valid = [t for t in trajectories if t.error is None]
+    names = sorted({name for t in valid for name in t.reward_parts})
+    if len(names) < 2:
+        return {}
+    return {f"reward/{name}": _share(t.reward_parts[name] for t in valid if name in t.reward_parts) or 0.0 for name in names}
 
 
 def evaluate_baselines(
@@ -255,7 +303,8 @@ def run_eval(
     None. All play the same tasks with the same seeds.
     """
     family = recipe.build_env()
-    tasks = family.tasks("eval", recipe.eval.tasks if count is None else count, recipe.run.seed)
+    tasks = family.tasks("eval", recipe.eval.task_count if count is None else count, recipe.run.seed)
+    rewards, metrics = recipe.build_rewards(), recipe.build_metrics()
     sampling = recipe.sampling().model_copy(update={"temperature": recipe.eval.temperature})
     results = list(evaluate_baselines(family, tasks, progress).values()) if recipe.eval.baselines else []
     trained = adapter or recipe.model.init_from
@@ -274,6 +323,8 @@ def run_eval(
                 sampling,
                 recipe.run.seed,
                 policy.max_context,
+                rewards=rewards,
+                metrics=metrics,
                 name=name,
                 progress=progress,
             )
@@ -373,6 +424,8 @@ def run_generate(
 
 def build_engine(recipe: Recipe, policy: Policy) -> Engine:
     """The recipe's engine on a loaded policy."""
+    if recipe.engine is None:
+        raise ConfigError("engine is missing: this recipe samples nothing, since it learns from data and has no env.")
     return _make_engine(recipe.engine["name"], policy, recipe.engine_options())
 
 
@@ -445,6 +498,11 @@ def _decode_with_controls(chat: Chat) -> Callable[[Ids], str]:
 
 
 def _physical_return(trajectory: Trajectory) -> float:
+    # Only the environment's own reward is a return in its units; shaping and scores are what stands in for one
+    # where the environment pays nothing.
+    paid = any(turn.reward or any(key in turn.info for key in PHYSICAL) for turn in trajectory.turns)
+    if not paid and set(trajectory.reward_parts) - {"env"}:
+        return trajectory.reward
     return math.fsum(_physical(turn) for turn in trajectory.turns)
 
 

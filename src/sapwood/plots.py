@@ -12,29 +12,41 @@ if TYPE_CHECKING:
 
 Records = Sequence[Mapping[str, Any]]
 
-#: Panels of the figure: title, then (metric, label) of each line. Metrics that no record has are left out.
-PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+Panel = tuple[str, tuple[tuple[str, str], ...]]
+
+#: Panels of the figure: title, then (metric, label) of each line. A panel that no record has anything for is left out.
+PANELS: tuple[Panel, ...] = (
     ("Training reward, mean", (("reward", "reward"),)),
     ("Held-out return", (("eval/return", "trained model"),)),
+    ("Loss", (("loss", "training"), ("eval/loss", "held out"))),
+    ("Preference accuracy", (("accuracy", "training"), ("eval/accuracy", "held out"))),
+    ("Reward margin", (("margin", "training"), ("eval/margin", "held out"))),
+    ("Value loss", (("value_loss", "value loss"),)),
+    ("Explained variance", (("explained_variance", "of the critic"),)),
     ("Entropy, nats a token", (("entropy", "entropy"),)),
     ("Divergence, nats a token", (("kl", "KL to the reference"), ("gap_k3", "sampler-trainer gap"))),
     ("Gradient norm", (("grad_norm", "gradient norm"),)),
     ("Learning rate", (("learning_rate", "learning rate"),)),
+    ("Reply length, tokens", (("reply_tokens", "reply"),)),
 )
 _COLOURS = ("#1f6f4a", "#b5651d")
 
 
 def training_figure(records: Records, title: str) -> Figure:
-    """A figure of six panels over the steps; `eval/low` and `eval/high` are the interval of the held-out return."""
+    """A figure of all panels that have data, over the steps; `eval/low` and `eval/high` are the interval of the return."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = [panel for panel in PANELS if any(series(records, metric)[0] for metric, _ in panel[1])] or [PANELS[0]]
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(11, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(2, 3).flat
-    for axis, (name, lines) in zip(axes, PANELS, strict=True):
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axis, (name, lines) in zip(axes, panels, strict=False):
         _panel(axis, records, name, lines)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     return figure
 
 

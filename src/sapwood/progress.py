@@ -14,13 +14,17 @@ from typing import IO, Any
 
 #: Shown in this order where a step has them: (name, label, format).
 SHOWN: tuple[tuple[str, str, str], ...] = (
+    ("loss", "loss", "{:.3f}"),
     ("reward", "reward", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.3f}"),
+    ("value_loss", "value loss", "{:.3f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("kl", "KL", "{:.2e}"),
     ("gap_k3", "gap", "{:.1e}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("learning_rate", "lr", "{:.1e}"),
     ("eval/return", "held-out", "{:.3f}"),
+    ("eval/loss", "held-out loss", "{:.3f}"),
     ("tokens_per_second", "tok/s", "{:.0f}"),
 )
 

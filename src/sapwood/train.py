@@ -1,15 +1,15 @@
-"""The loop that every algorithm shares: roll out, score, assign credit, update, evaluate.
+"""The loop that every algorithm shares: groups, rows, scores, credit, updates, evaluation.
 
 for step in steps:
-    groups  = collect(tasks)                          # env x engine
-    rows    = to_rows(groups)
-    models.score(rows)                                # old and reference log-probabilities, no gradient
-    rows    = algorithm.credit(groups, rows)          # advantages
+    groups = source.groups(step)                      # rollouts, or data
+    rows   = to_rows(groups)
+    models.score(rows)                                # old, reference, values: no gradient
+    rows   = algorithm.credit(groups, rows)           # advantages, returns
     for update in updates(rows):                      # one optimiser step sees one update
         totals = count(update)                        # packing never changes a gradient
         for micro in pack(update, token_budget):
             algorithm.loss(models.forward(micro), micro, totals).backward()
-        clip, optimizer.step()
+        clip, optimizer.step(); algorithm.adapt(stats)
     engine.load(policy)
 
 sapwood train recipes/hvac_demo.yaml
@@ -17,10 +17,11 @@ sapwood train recipes/hvac_demo.yaml
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,44 +33,35 @@ from sapwood import checkpoint
 from sapwood.algorithms import Algorithm, RowBatch, Totals
 from sapwood.chat import Chat
 from sapwood.config import Recipe
-from sapwood.engines import Engine, Sampling
-from sapwood.envs import EnvFamily
-from sapwood.errors import TrainingStopped
-from sapwood.evaluate import (
-    EvalResult,
-    EvalTable,
-    build_chat,
-    build_engine,
-    evaluate_baselines,
-    evaluate_policy,
-    heading,
-)
-from sapwood.models.load import Policy, load_policy
+from sapwood.errors import ConfigError, TrainingStopped
+from sapwood.evaluate import EvalTable, MetricTable
+from sapwood.models.load import Policy
 from sapwood.models.roles import Models
-from sapwood.ops.schedules import learning_rate
+from sapwood.optimizer import Stepper
 from sapwood.progress import Progress
-from sapwood.rewards import Reward
-from sapwood.rollout import collect, to_rows
+from sapwood.reference import ReferenceCache
+from sapwood.rollout import to_rows
 from sapwood.run import Run
+from sapwood.parts import Parts, build
+from sapwood.source import DROPOUT, ORDER, derive
 from sapwood.tree import pack
-from sapwood.types import Group, Row, Task
+from sapwood.types import Group, Row
 
-#: Further rollouts that dynamic sampling may ask for in one step.
-MAX_RESAMPLES = 3
 BASE, TRAINED = "base model", "trained model"
-
-# Streams of the run's seed, so that no two uses draw the same numbers.
-_TASKS, _SAMPLING, _ORDER, _DROPOUT = range(4)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves: its folder, the trained policy's folder, the curve and the final evaluation."""
+    """What a run leaves: its folder, the trained policy's folder, the curve and the final evaluation.
+
+    table: held-out returns, where an environment is played; figures: held-out metrics, where data is learned from.
+    """
 
     run_dir: Path
     policy_dir: Path
     plot: Path | None
-    table: EvalTable
+    table: EvalTable | None
+    figures: MetricTable | None = None
 
 
 def train(recipe: Recipe, run: Run | None = None, progress: Progress | None = None) -> TrainResult:
@@ -83,11 +75,6 @@ def train(recipe: Recipe, run: Run | None = None, progress: Progress | None = No
         log = run or stack.enter_context(Run.create(recipe))
         shown.phase("loading")
         return Trainer.of(recipe, log, shown).run_all()
-
-
-def derive(seed: int, *path: int) -> int:
-    """A seed of its own for every use, in 0 .. 2**32 - 1."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint32)[0])
 
 
 def split_updates(rows: Sequence[Row], updates: int, seed: int) -> list[list[Row]]:
@@ -107,163 +94,175 @@ class Trainer:
     recipe: Recipe
     log: Run
     progress: Progress
-    family: EnvFamily
-    algorithm: Algorithm
-    rewards: list[Reward]
-    policy: Policy
-    models: Models
-    engine: Engine
-    chat: Chat
-    optimizer: torch.optim.Optimizer
-    results: dict[str, EvalResult] = field(default_factory=dict)
+    parts: Parts
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(recipe: Recipe, run: Run, progress: Progress) -> Trainer:
-        """Build everything that a run needs; the cheap parts that may refuse come first."""
-        family, algorithm, rewards = recipe.build_env(), recipe.build_algorithm(), recipe.build_rewards()
-        family.tasks("train", 1, recipe.run.seed)  # refuses an empty family before any weight is loaded
-        policy = load_policy(recipe.model, recipe.run.seed)
-        models = Models(policy, reference=algorithm.needs.reference_logprobs)
-        optim = recipe.optim
-        optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
-        engine, chat = build_engine(recipe, policy), build_chat(policy, recipe.model)
-        return Trainer(recipe, run, progress, family, algorithm, rewards, policy, models, engine, chat, optimizer)
+        """Build everything that a run needs."""
+        return Trainer(recipe, run, progress, build(recipe, run.dir, progress))
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What is trained by."""
+        return self.parts.algorithm
+
+    @property
+    def policy(self) -> Policy:
+        """What is trained."""
+        return self.parts.policy
+
+    @property
+    def models(self) -> Models:
+        """Every role."""
+        return self.parts.models
+
+    @property
+    def chat(self) -> Chat:
+        """The policy's chat."""
+        return self.parts.chat
+
+    @property
+    def stepper(self) -> Stepper:
+        """The optimiser."""
+        return self.parts.stepper
+
+    @property
+    def _cache(self) -> ReferenceCache | None:
+        return self.parts.reference_cache
 
     def run_all(self) -> TrainResult:
         """Evaluate, train all steps, evaluate again; checkpoints, samples and metrics as the recipe asks."""
-        recipe, steps = self.recipe, self.recipe.run.steps
-        self.progress.note(checkpoint.describe(self.policy))
-        if self.policy.fallback:
-            self.progress.note(f"plain rows in place of the token tree: {self.policy.fallback}")
+        recipe, steps = self.recipe, self.parts.steps
+        for note in self.parts.notes:
+            self.progress.note(note)
         self._evaluate_start()
+        if self._cache is not None:
+            self.progress.phase("reference log-probabilities")
+            self._cache.build(self.models, self._pack, self.progress.work)
         self.progress.start(steps)
         saved = None
         for step in range(1, steps + 1):
             metrics, timing = self.step(step)
-            last = step == steps
-            if last or (recipe.eval.every and step % recipe.eval.every == 0):
-                metrics |= self._evaluate(step)
+            due = step == steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
+            if due:
+                metrics |= self._evaluate(TRAINED)
+            last = self._see(metrics, due) or step == steps
+            if last and not due:
+                metrics |= self._evaluate(TRAINED)
             self.log.log_metrics(step, metrics)
             self.log.log_timing(step, timing)
             self.progress.step(step, metrics, timing)
             if last or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
-                saved = checkpoint.save(self.policy, self.log.dir, step, recipe.checkpoint.keep)
+                saved = checkpoint.save(self.models, self.log.dir, step, recipe.checkpoint.keep)
+            if last:
+                break
         self.progress.stop()
         assert saved is not None
-        table = self._table()
-        self.log.write_text("evaluation.json", json.dumps(table.to_json(), indent=2) + "\n")
-        return TrainResult(self.log.dir, saved, self.log.plot(), table)
+        return self._result(saved)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """One rollout and its updates. Returns (metrics, timing): the former without wall-clock."""
+        """One batch and its updates. Returns (metrics, timing): the former without wall-clock."""
         began = time.perf_counter()
-        self.progress.phase("sampling")
-        groups, rows = self._rollout(step)
-        sampled = time.perf_counter()
+        self.progress.phase("sampling" if self.algorithm.learns_from == "rollouts" else "reading")
+        groups = self.parts.source.groups(step)
+        rows = to_rows(groups, self.parts.source.temperature)
+        gathered = time.perf_counter()
         self.progress.phase("learning")
         seed = self.recipe.run.seed
-        torch.manual_seed(derive(seed, _DROPOUT, step))
-        order = derive(seed, _ORDER, step)
-        first_update = split_updates(rows, self.algorithm.updates, order)
-        self.models.score([m for update in first_update for m in self._pack(update)], self.algorithm.needs)
-        rows_kept, metrics = self.algorithm.credit(groups, rows)
-        metrics |= self._learn(rows_kept, step, order)
+        torch.manual_seed(derive(seed, DROPOUT, step))
+        order = derive(seed, ORDER, step)
+        metrics = self.algorithm.begin(step, self.parts.steps) | self.parts.source.metrics()
+        self._score(groups, rows, order)
+        kept, credited = self.algorithm.credit(groups, rows)
+        metrics |= credited
+        metrics |= self._learn([row for row in kept if row.scored], step, order)
+        self.algorithm.finish(metrics)
+        metrics |= self.algorithm.derived(metrics)
         learnt = time.perf_counter()
-        self.engine.load(self.policy)
+        if self.parts.engine is not None:
+            self.parts.engine.load(self.policy)
         if self.recipe.samples.every and step % self.recipe.samples.every == 0:
-            self.log.save_samples(step, groups, rows_kept, self.chat.decode)
-        tokens = sum(len(turn.token_ids) for group in groups for t in group.trajectories for turn in t.turns)
-        metrics["reply_tokens"] = tokens / max(sum(len(t.turns) for g in groups for t in g.trajectories), 1)
-        timing = {
-            "sampling_seconds": sampled - began,
-            "learning_seconds": learnt - sampled,
-            "loading_seconds": time.perf_counter() - learnt,
-            "sampled_tokens": tokens,
-            "tokens_per_second": tokens / max(sampled - began, 1e-9),
-        }
-        return metrics, timing
+            self.log.save_samples(step, groups, kept, self.chat.decode)
+        if self.parts.examples:
+            metrics["epoch"] = step * self.recipe.optim.groups_per_step / self.parts.examples
+        metrics |= _reply_metrics(groups)
+        timing = self._timing(groups, rows, began, gathered, learnt)
+        return {name: value for name, value in metrics.items() if not name.startswith("_")}, timing
 
-    def _rollout(self, step: int) -> tuple[list[Group], list[Row]]:
-        """A step's groups. With resampling, groups that can't teach are replaced, a bounded number of times."""
-        wanted, seed = self.recipe.optim.batch_size, self.recipe.run.seed
-        sampling = self.recipe.sampling()
-        groups: list[Group] = []
-        for attempt in range(1 + MAX_RESAMPLES):
-            missing = wanted - len(groups)
-            tasks = self.family.tasks("train", missing, derive(seed, _TASKS, step, attempt))
-            fresh = collect(
-                self.family,
-                tasks,
-                self.algorithm.attempts,
-                self.engine,
-                self.chat,
-                sampling,
-                derive(seed, _SAMPLING, step, attempt),
-                max_context=self.policy.max_context,
-                rewards=self.rewards,
-            )
-            last = attempt == MAX_RESAMPLES or not self.algorithm.resample
-            groups += [group for group in fresh if last or self.algorithm.informative(group)]
-            if last or len(groups) == wanted:
-                break
-        return groups, to_rows(groups, sampling.temperature)
+    def _timing(
+        self, groups: Sequence[Group], rows: Sequence[Row], began: float, gathered: float, learnt: float
+    ) -> dict[str, float]:
+        """Seconds and rates; tokens/s of sampling for rollouts, of everything for data."""
+        sampled = self.algorithm.learns_from == "rollouts"
+        tokens = sum(row.scored for row in rows)
+        timing = {
+            "sampling_seconds": gathered - began,
+            "learning_seconds": learnt - gathered,
+            "loading_seconds": time.perf_counter() - learnt,
+            "trained_tokens_per_second": tokens / max(learnt - gathered, 1e-9),
+        }
+        rate = tokens / max(gathered - began, 1e-9) if sampled else tokens / max(learnt - began, 1e-9)
+        return {**timing, "sampled_tokens" if sampled else "tokens": tokens, "tokens_per_second": rate}
+
+    def _score(self, groups: Sequence[Group], rows: list[Row], order: int) -> None:
+        """Fill in what the algorithm needs, packed as the first updates will be; its further rows join `rows`."""
+        extra = self.algorithm.augment(rows)
+        parts = split_updates(rows, self.algorithm.updates, order) if not extra else [[*rows, *extra]]
+        rows += extra
+        needs = self.algorithm.needs
+        if self._cache is not None and not extra:
+            self._cache.fill(groups, rows)
+            needs = self._cache.rest(needs)
+        self.models.score([micro for part in parts for micro in self._pack(part)], needs)
 
     def _pack(self, rows: Sequence[Row]) -> list[list[Row]]:
-        return pack(rows, self.recipe.optim.token_budget)
+        optim = self.recipe.optim
+        limit = optim.batch_size if optim.gradient_accumulation > 1 else None
+        return pack(rows, optim.token_budget, atomic=self.algorithm.atomic, max_groups=limit)
 
     def _learn(self, rows: list[Row], step: int, order: int) -> dict[str, float]:
-        """All updates of a step; metrics are means over them. {} where no row can teach."""
-        optim, algorithm = self.recipe.optim, self.algorithm
-        rate = learning_rate(
-            step,
-            peak=optim.learning_rate,
-            schedule=optim.schedule,
-            warmup=optim.warmup_steps,
-            total=self.recipe.run.steps,
-            minimum=optim.min_learning_rate,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        """All updates of a step; metrics are means over them. Nothing but the rate where no row can teach."""
+        rate = self.stepper.schedule(step)
         if not rows:
             return {"learning_rate": rate, "updates": 0}
-        self.policy.model.train()
-        reports = [
-            self._update(update, step)
-            for _ in range(algorithm.epochs)
-            for update in split_updates(rows, algorithm.updates, order)
-        ]
-        self.policy.model.eval()
+        self.models.train()
+        reports: list[dict[str, float]] = []
+        for update in self._updates(rows, order):
+            reports.append(self._update(update, step))
+            if self.algorithm.adapt(reports[-1]):
+                break
+        self.models.eval()
         means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
         return {**means, "learning_rate": rate, "updates": len(reports)}
+
+    def _updates(self, rows: list[Row], order: int) -> list[list[Row]]:
+        parts = split_updates(rows, self.algorithm.updates, order)
+        return [part for _ in range(self.algorithm.epochs) for part in parts]
 
     def _update(self, rows: Sequence[Row], step: int) -> dict[str, float]:
         """One optimiser step over these rows, micro-batch by micro-batch."""
         totals = Totals.of(rows)
         sums: dict[str, float] = {}
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stepper.zero_grad()
         for micro in self._pack(rows):
-            forward = self.models.forward(micro, entropy_grad=self.algorithm.needs.entropy_grad)
+            forward = self.models.forward(micro, self.algorithm.needs)
             output = self.algorithm.loss(forward, RowBatch.of(micro, self.policy.device), totals)
-            output.loss.backward()
+            self.stepper.backward(output.loss)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        parameters = self.policy.parameters()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optim.max_grad_norm))
-        self._guard(step, norm, sums)
-        self.optimizer.step()
-        return {**sums, "grad_norm": norm}
+        sums |= self.stepper.clip()
+        self._guard(step, sums)
+        self.stepper.step()
+        return sums
 
-    def _guard(self, step: int, norm: float, sums: dict[str, float]) -> None:
+    def _guard(self, step: int, sums: Mapping[str, float]) -> None:
         """Stop before a broken update reaches the weights."""
-        if not math.isfinite(norm) or not math.isfinite(sums.get("loss", 0.0)):
+        norm, loss = sums["grad_norm"], sums.get("loss", 0.0)
+        # With a loss scale, a gradient that overflows is expected now and then: the scaler skips it and backs off.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.stepper.loss_scaling):
             raise TrainingStopped(
-                f"step {step}: loss {sums.get('loss')} and gradient norm {norm} are not finite; the weights are those "
+                f"step {step}: loss {loss} and gradient norm {norm} are not finite; the weights are those "
                 "of the step before. Lower optim.learning_rate, or use model.dtype=float32."
             )
         gap, limit = sums.get("gap_k3", 0.0), self.recipe.optim.max_gap
@@ -274,40 +273,67 @@ class Trainer:
                 "optim.max_gap and correct for the gap with algorithm.gap_correction=token."
             )
 
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
     def _evaluate_start(self) -> None:
-        if self.recipe.eval.baselines:
+        if self.parts.tasks is not None and self.recipe.eval.baselines:
             self.progress.phase("evaluating baselines")
-            self.results.update(evaluate_baselines(self.family, self._held_out(), self.progress.work))
+            self.parts.tasks.baselines(self.progress.work)
         if self.recipe.eval.at_start:
-            metrics = self._evaluate(0, BASE)
+            metrics = self._evaluate(BASE)
             self.log.log_metrics(0, metrics)
-            self.progress.note(f"held-out return before training: {metrics['eval/return']:.3f}")
+            self.progress.note(f"held-out before training: {_told(metrics)}")
 
-    def _held_out(self) -> list[Task]:
-        return self.family.tasks("eval", self.recipe.eval.tasks, self.recipe.run.seed)
-
-    def _eval_sampling(self) -> Sampling:
-        return self.recipe.sampling().model_copy(update={"temperature": self.recipe.eval.temperature})
-
-    def _evaluate(self, step: int, name: str = TRAINED) -> dict[str, float]:
-        """Play the held-out tasks with the current policy. The seed is the run's, so that evaluations compare."""
+    def _evaluate(self, name: str) -> dict[str, float]:
+        """Held-out tasks and records with the current policy. The seed is the run's, so that evaluations compare."""
         self.progress.phase("evaluating")
-        result = evaluate_policy(
-            self.family,
-            self._held_out(),
-            self.engine,
-            self.chat,
-            self._eval_sampling(),
-            self.recipe.run.seed,
-            self.policy.max_context,
-            name=name,
-            progress=self.progress.work,
-        )
-        self.results[name] = result
-        metrics = {"eval/return": result.interval.mean, "eval/low": result.interval.lo, "eval/high": result.interval.hi}
-        return metrics if result.parsed is None else {**metrics, "eval/parsed": result.parsed}
+        metrics: dict[str, float] = {}
+        if self.parts.records is not None:
+            self.evaluations[name] = self.parts.records.measure(self._pack)
+            metrics |= self.evaluations[name]
+        if self.parts.tasks is not None:
+            metrics |= self.parts.tasks.play(name, self.progress.work)
+        return {f"eval/{key}": value for key, value in metrics.items()}
 
-    def _table(self) -> EvalTable:
-        title = heading(self.family, self._held_out(), self._eval_sampling())
-        compare = (TRAINED, BASE) if BASE in self.results else None
-        return EvalTable(title, tuple(self.results.values()), compare)
+    def _see(self, metrics: Mapping[str, float], evaluated: bool) -> bool:
+        """Show a step's metrics to the plateau schedule and to early stopping; True to stop."""
+        plateau, early = self.stepper.plateau, self.parts.early_stopping
+        if plateau is not None:
+            self._check_measured("optim.plateau_metric", plateau.metric, metrics, evaluated)
+            if plateau.metric in metrics:
+                plateau.see(metrics[plateau.metric])
+        if early is None:
+            return False
+        self._check_measured("early_stopping.metric", early.metric, metrics, evaluated)
+        stop = early.metric in metrics and early.see(metrics[early.metric])
+        if stop:
+            self.progress.note(f"stopped early: {early.metric} has not improved for {early.patience} measurements")
+        return stop
+
+    def _check_measured(self, option: str, name: str, metrics: Mapping[str, float], evaluated: bool) -> None:
+        """A watched metric must be there when metrics of its kind are, or it would be watched in vain."""
+        expected = evaluated if name.startswith("eval/") else metrics.get("updates", 0) > 0
+        if expected and name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"measured are {', '.join(sorted(metrics))}."
+            raise ConfigError(f"{option}: no metric {name!r} is measured; {hint}")
+
+    def _result(self, saved: Path) -> TrainResult:
+        table = self.parts.tasks.table(TRAINED, BASE) if self.parts.tasks is not None else None
+        figures = MetricTable(self.parts.records.heading, self.evaluations) if self.parts.records is not None else None
+        told = {**(figures.to_json() if figures else {}), **(table.to_json() if table else {})}
+        if told:
+            self.log.write_text("evaluation.json", json.dumps(told, indent=2) + "\n")
+        return TrainResult(self.log.dir, saved, self.log.plot(), table, figures)
+
+
+def _told(metrics: Mapping[str, float]) -> str:
+    shown = ("eval/return", "eval/loss", "eval/accuracy", "eval/perplexity")
+    found = {name.removeprefix("eval/"): metrics[name] for name in shown if name in metrics}
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items()) or "nothing was measured"
+
+
+def _reply_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    lengths = [turn.token_ids.size for group in groups for t in group.trajectories for turn in t.turns]
+    return {"reply_tokens": sum(lengths) / max(len(lengths), 1)}
+

@@ -1,0 +1,102 @@
+"""What is measured while training: held-out tasks that are played, and held-out records whose loss is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sapwood.algorithms import Algorithm, RowBatch, Totals
+from sapwood.chat import Chat
+from sapwood.engines import Engine, Sampling
+from sapwood.envs import EnvFamily
+from sapwood.evaluate import EvalResult, EvalTable, Progress, evaluate_baselines, evaluate_policy, heading
+from sapwood.metrics import Metric
+from sapwood.models.roles import Models
+from sapwood.rewards import Reward
+from sapwood.rollout import to_rows
+from sapwood.types import Group, Row, Task
+
+
+@dataclass
+class HeldOutTasks:
+    """Tasks that no training ever sees, played by whoever is asked: same tasks, same seeds."""
+
+    family: EnvFamily
+    count: int
+    engine: Engine
+    chat: Chat
+    sampling: Sampling
+    rewards: Sequence[Reward]
+    metrics: Sequence[Metric]
+    seed: int
+    max_context: int | None
+    results: dict[str, EvalResult] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The held-out tasks."""
+        return self.family.tasks("eval", self.count, self.seed)
+
+    def baselines(self, progress: Progress | None = None) -> None:
+        """Play the world's controllers without a language model."""
+        self.results.update(evaluate_baselines(self.family, self.tasks, progress))
+
+    def play(self, name: str, progress: Progress | None = None) -> dict[str, float]:
+        """Play the engine's policy; keeps the result by name and returns its metrics."""
+        result = evaluate_policy(
+            self.family,
+            self.tasks,
+            self.engine,
+            self.chat,
+            self.sampling,
+            self.seed,
+            self.max_context,
+            rewards=self.rewards,
+            metrics=self.metrics,
+            name=name,
+            progress=progress,
+        )
+        self.results[name] = result
+        found = {"return": result.interval.mean, "low": result.interval.lo, "high": result.interval.hi}
+        if result.parsed is not None:
+            found["parsed"] = result.parsed
+        return {**found, **result.metrics}
+
+    def table(self, ours: str, theirs: str) -> EvalTable:
+        """All results beside each other."""
+        compare = (ours, theirs) if theirs in self.results and ours in self.results else None
+        return EvalTable(heading(self.family, self.tasks, self.sampling), tuple(self.results.values()), compare)
+
+
+@dataclass
+class HeldOutRecords:
+    """Records that no training ever sees; measured by the algorithm's own loss and metrics."""
+
+    algorithm: Algorithm
+    models: Models
+    groups: Sequence[Group]
+    heading: str
+
+    def measure(self, pack: Callable[[Sequence[Row]], list[list[Row]]]) -> dict[str, float]:
+        """Loss and metrics over all records at once, without gradient; {} where nothing was held out."""
+        if not self.groups:
+            return {}
+        rows = to_rows(self.groups, 1.0)
+        rows += self.algorithm.augment(rows)
+        self.models.eval()
+        self.models.score(pack(rows), self.algorithm.needs)
+        kept, metrics = self.algorithm.credit(self.groups, rows)
+        totals = Totals.of(kept)
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for micro in pack(kept):
+                forward = self.models.forward(micro, self.algorithm.needs)
+                output = self.algorithm.loss(forward, RowBatch.of(micro, self.models.policy.device), totals)
+                for name, value in output.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        found = {**metrics, **sums}
+        found |= self.algorithm.derived(found)
+        return {name: value for name, value in found.items() if not name.startswith("_") and math.isfinite(value)}

@@ -1,0 +1,158 @@
+"""The optimiser step: parameter groups, learning-rate schedule, loss scaling and gradient clipping behind one class."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapwood.config import OptimSection
+from sapwood.errors import MissingExtra
+from sapwood.ops.schedules import learning_rate
+
+
+@dataclass
+class Plateau:
+    """Lowers the learning rate where a metric stops improving. scale: what the rate is multiplied by."""
+
+    metric: str
+    higher_is_better: bool
+    factor: float
+    patience: int
+    scale: float = 1.0
+    best: float = math.nan
+    waited: int = 0
+
+    def see(self, value: float) -> None:
+        """One measurement of the metric."""
+        if improves(value, self.best, self.higher_is_better):
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited > self.patience:
+            self.scale, self.waited = self.scale * self.factor, 0
+
+
+@dataclass
+class EarlyStopping:
+    """Says when a metric hasn't improved by more than min_delta for `patience` measurements."""
+
+    metric: str
+    higher_is_better: bool
+    patience: int
+    min_delta: float = 0.0
+    best: float = math.nan
+    waited: int = 0
+
+    def see(self, value: float) -> bool:
+        """One measurement of the metric; True to stop."""
+        if improves(value, self.best, self.higher_is_better, self.min_delta):
+            self.best, self.waited = value, 0
+            return False
+        self.waited += 1
+        return self.waited >= self.patience
+
+
+def improves(value: float, best: float, higher_is_better: bool, min_delta: float = 0.0) -> bool:
+    """Whether a value beats the best one so far (NaN: none yet) by more than min_delta."""
+    if math.isnan(value):
+        return False
+    if math.isnan(best):
+        return True
+    return value > best + min_delta if higher_is_better else value < best - min_delta
+
+
+@dataclass
+class Stepper:
+    """AdamW over named parameter groups. `total`: the run's steps; loss_scaling: for float16 products."""
+
+    section: OptimSection
+    groups: Mapping[str, Sequence[nn.Parameter]]
+    total: int
+    loss_scaling: bool = False
+    plateau: Plateau | None = None
+    optimizer: torch.optim.Optimizer = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)  # pyright: ignore[reportPrivateImportUsage]
+
+    def __post_init__(self) -> None:
+        section = self.section
+        named = {name: list(parameters) for name, parameters in self.groups.items() if len(parameters)}
+        self._peaks = {name: self._peak(name) for name in named}
+        groups = [{"params": named[name], "lr": self._peaks[name], "name": name} for name in named]
+        options: dict[str, Any] = {
+            "lr": section.learning_rate,
+            "betas": section.betas,
+            "eps": section.eps,
+            "weight_decay": section.weight_decay,
+        }
+        self.optimizer = _optimizer_class(section.name)(groups, **options)
+        device = next(iter(named.values()))[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.loss_scaling)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _peak(self, name: str) -> float:
+        section = self.section
+        if name.startswith("critic") and section.critic_learning_rate is not None:
+            return section.critic_learning_rate
+        if name.endswith("head") and section.head_learning_rate is not None:
+            return section.head_learning_rate
+        return section.learning_rate
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def schedule(self, step: int) -> float:
+        """Set every group's learning rate for step 1..total; returns the policy's."""
+        section = self.section
+        peak = section.learning_rate
+        rate = learning_rate(
+            step,
+            peak=peak,
+            schedule="constant" if section.schedule == "plateau" else section.schedule,
+            warmup=section.warmup_steps,
+            total=self.total,
+            minimum=section.min_learning_rate,
+        )
+        if self.plateau is not None:
+            rate = max(rate * self.plateau.scale, min(rate, section.min_learning_rate))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._peaks[group["name"]] * rate / peak
+        return rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss."""
+        self.scaler.scale(loss).backward()
+
+    def clip(self) -> dict[str, float]:
+        """Clip to max_grad_norm over all groups together. Metrics: grad_norm before clipping, and the loss scale.
+
+        Where a loss scale was too high the norm isn't finite; `step` then leaves the weights and lowers the scale.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm))
+        return {"grad_norm": norm, "loss_scale": self.scaler.get_scale()} if self.loss_scaling else {"grad_norm": norm}
+
+    def step(self) -> None:
+        """Apply the gradients."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def _optimizer_class(name: str) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "quantize", "optim.name: adamw_8bit")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit

@@ -1,0 +1,137 @@
+"""Where a step's groups come from: rollouts of tasks, or records of data."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sapwood.algorithms import Algorithm
+from sapwood.chat import Chat
+from sapwood.data.dataset import Dataset
+from sapwood.data.groups import Grouper
+from sapwood.engines import Engine, Sampling
+from sapwood.envs import EnvFamily
+from sapwood.errors import DataError
+from sapwood.rewards import Reward
+from sapwood.rollout import collect
+from sapwood.types import Group
+
+#: Further rollouts that dynamic sampling may ask for in one step.
+MAX_RESAMPLES = 3
+
+# Streams of the run's seed, so that no two uses draw the same numbers.
+TASKS, SAMPLING, ORDER, DROPOUT = range(4)
+
+
+def derive(seed: int, *path: int) -> int:
+    """A seed of its own for every use, in 0 .. 2**32 - 1."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint32)[0])
+
+
+def steps_of(steps: int | None, epochs: float | None, examples: int | None, per_step: int) -> int:
+    """The run's steps; an epoch is a pass over `examples`, its last step fills up from the next one."""
+    if steps is not None:
+        return steps
+    if epochs is None or examples is None:
+        raise ValueError("steps, or epochs over a known number of examples")
+    return max(1, math.ceil(epochs * examples / per_step))
+
+
+class Source(ABC):
+    """Gives every step its groups. temperature: what the rows' logits are divided by."""
+
+    temperature: float = 1.0
+
+    @abstractmethod
+    def groups(self, step: int) -> list[Group]:
+        """The groups of step 1, 2 ...; the same for the same step, whatever was asked before."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log about the last groups."""
+        return {}
+
+
+@dataclass
+class Rollouts(Source):
+    """Fresh attempts at tasks of an environment."""
+
+    family: EnvFamily
+    engine: Engine
+    chat: Chat
+    sampling: Sampling
+    rewards: Sequence[Reward]
+    algorithm: Algorithm
+    per_step: int
+    seed: int
+    max_context: int | None = None
+    temperature: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.temperature = self.sampling.temperature
+
+    def groups(self, step: int) -> list[Group]:
+        """A step's groups. With resampling, groups that can't teach are replaced, a bounded number of times."""
+        groups: list[Group] = []
+        for attempt in range(1 + MAX_RESAMPLES):
+            missing = self.per_step - len(groups)
+            fresh = collect(
+                self.family,
+                self.family.tasks("train", missing, derive(self.seed, TASKS, step, attempt)),
+                self.algorithm.attempts,
+                self.engine,
+                self.chat,
+                self.sampling,
+                derive(self.seed, SAMPLING, step, attempt),
+                max_context=self.max_context,
+                rewards=self.rewards,
+            )
+            last = attempt == MAX_RESAMPLES or not self.algorithm.resample
+            groups += [group for group in fresh if last or self.algorithm.informative(group)]
+            if last or len(groups) == self.per_step:
+                break
+        return groups
+
+
+@dataclass
+class Records(Source):
+    """Recorded examples, epoch after epoch, each in an order of its own."""
+
+    dataset: Dataset
+    grouper: Grouper
+    per_step: int
+    _order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, np.int64)), init=False)
+    _dropped: int = field(default=0, init=False)
+
+    def groups(self, step: int) -> list[Group]:
+        """The records of a step as groups; those that the truncation policy drops are missing."""
+        first = (step - 1) * self.per_step
+        found = [self._group(position) for position in range(first, first + self.per_step)]
+        self._dropped = sum(group is None for group in found)
+        return [group for group in found if group is not None]
+
+    def metrics(self) -> dict[str, float]:
+        """epoch: passes over the data so far is left to the loop; dropped: records that didn't fit."""
+        return {"dropped_records": float(self._dropped)}
+
+    def _group(self, position: int) -> Group | None:
+        epoch, at = divmod(position, len(self.dataset))
+        if self._order[0] != epoch:
+            self._order = (epoch, self.dataset.order(epoch))
+        index = int(self._order[1][at])
+        return self.grouper.group(self.dataset[index], index)
+
+
+def held_out_groups(dataset: Dataset, grouper: Grouper, limit: int) -> list[Group]:
+    """The first `limit` held-out records as groups. Raises DataError where none fits the length limits."""
+    found = [grouper.group(dataset[i], i) for i in range(min(len(dataset), limit))]
+    groups = [group for group in found if group is not None]
+    if found and not groups:
+        raise DataError(
+            f"none of {len(found)} held-out records fits data.max_length and data.max_prompt_length: raise them, or "
+            "choose another data.truncation."
+        )
+    return groups
