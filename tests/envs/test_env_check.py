@@ -12,7 +12,7 @@ from sapwood.types import Message, Task
 
 ITEMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(30)]
 # Options of the built-ins that can't be made without any; the rest are made with their defaults.
-OPTIONS = {"prompts": {"items": ITEMS}}
+OPTIONS = {"prompts": {"items": ITEMS}, "reasoning_gym": {"task": "chain_sum"}}
 
 
 @pytest.mark.parametrize("name", known("env"))

@@ -16,9 +16,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -33,10 +35,11 @@ Extraction = Literal["reply", "tags", "last_line", "last_number"]
 # Draws in a row that may miss a split before its supply of distinct questions counts as used up.
 _PATIENCE = 500
 _MAX_ANSWER = 20_000
+_MAX_POWER = 32
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[-+]?\.\d+")
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 # int, Fraction and Decimal would write out a number with this exponent digit by digit.
-_HUGE_EXPONENT = re.compile(r"[eE][-+]?\d{4,}")
+_HUGE_EXPONENT = re.compile(r"(?<!\w)\d+\.?\d*[eE][-+]?\d{4,}")
 
 #: Tasks whose scorer passes a wrong reply to `eval`, and those whose scorer parses any reply with sympy (also `eval`).
 _EVALUATED = frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"})
@@ -53,7 +56,7 @@ class Mixed(BaseModel):
 
     task: str
     weight: float = Field(default=1.0, gt=0)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class ReasoningGym(EnvFamily):
@@ -66,7 +69,7 @@ class ReasoningGym(EnvFamily):
     """
 
     task: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     mix: tuple[Mixed, ...] = ()
     system: str | None = None
     few_shot: int = Field(default=0, ge=0)
@@ -81,7 +84,7 @@ class ReasoningGym(EnvFamily):
         if self.options and self.task is None:
             raise ValueError("options belong to task; with mix, every item has options of its own")
         for part in self._parts():
-            _check_options(part.task, part.options)
+            _check_options("env.mix" if self.mix else "env.task", part.task, part.options)
         return self
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
@@ -89,15 +92,7 @@ class ReasoningGym(EnvFamily):
 
         Raises ConfigError where a task has too few distinct questions, MissingExtra without the package.
         """
-        drawn: list[Task] = []
-        seen: set[str] = set()
-        for task in self._stream(split, seed):
-            key = task.prompt[-1].content if split == "eval" else task.id
-            if len(drawn) == count:
-                break
-            if key not in seen:
-                seen.add(key)
-                drawn.append(task)
+        drawn = list(islice(self._stream(split, seed), count))
         if len(drawn) < count:
             raise ConfigError(
                 f"env.reasoning_gym: {self.describe()} has only {len(drawn)} distinct {split} questions, but {count} "
@@ -131,7 +126,7 @@ class ReasoningGym(EnvFamily):
             "metadata": copy.deepcopy(dict(task.metadata["item"])),  # scorers are free to change what they are given
         }
         try:
-            score = float(_dataset(name, _frozen(self._options(name)), task.seed).score_answer(answer, entry))
+            score = float(_dataset(name, _frozen(task.metadata["options"])).score_answer(answer, entry))
         except Exception:  # several scorers raise for replies that they don't expect
             return 0.0, "failed"
         score = min(max(score, 0.0), 1.0) if score == score else 0.0
@@ -140,38 +135,40 @@ class ReasoningGym(EnvFamily):
     def _parts(self) -> tuple[Mixed, ...]:
         return self.mix or (Mixed(task=self.task or "", options=self.options),)
 
-    def _options(self, name: str) -> Mapping[str, Any]:
-        return next(part.options for part in self._parts() if part.task == name)
-
     def _stream(self, split: Split, seed: int) -> Iterator[Task]:
-        """Tasks of the split without end; ends where none was found for a long time."""
+        """Tasks of the split; ends where none that fits was found for long."""
         parts = self._parts()
         weights = np.array([part.weight for part in parts])
         rng = np.random.default_rng([seed, split == "eval"])
-        asked: set[str] = set()
+        drawn: set[str | int] = set()
         misses = 0
         while misses < _PATIENCE:
             part = parts[int(rng.choice(len(parts), p=weights / weights.sum()))]
             item_seed = int(rng.integers(2**30)) * 2 + (split == "eval")
             item = _item(part.task, _frozen(part.options), item_seed)
-            examples = self._examples(part)
-            held_out = _share(item["question"]) < self.eval_fraction
-            fits = held_out == (split == "eval") and all(item["question"] != question for question, _ in examples)
-            repeated = split == "eval" and item["question"] in asked
-            if not fits or repeated:
+            question = item["question"]
+            held_out = _share(question) < self.eval_fraction
+            shown = any(question == example for example, _ in self._examples(part))
+            key = question if split == "eval" else item_seed
+            if held_out != (split == "eval") or shown or key in drawn:
                 misses += 1
                 continue
-            asked.add(item["question"])
+            drawn.add(key)
             misses = 0
-            yield self._task(part.task, split, item_seed, item, examples)
+            yield self._task(part, split, item_seed, item)
 
-    def _task(self, name: str, split: str, seed: int, item: Mapping[str, Any], examples: _Examples) -> Task:
+    def _task(self, part: Mixed, split: str, seed: int, item: Mapping[str, Any]) -> Task:
         messages = [Message("system", self.system)] if self.system is not None else []
-        for question, answer in examples:
+        for question, answer in self._examples(part):
             messages += [Message("user", question), Message("assistant", _as_reply(answer, self.extract))]
         messages.append(Message("user", item["question"]))
-        metadata = {"task": name, "question": item["question"], "item": item["metadata"]}
-        return Task(f"{name}-{split}-{seed}", tuple(messages), item["answer"], metadata, seed)
+        metadata = {
+            "task": part.task,
+            "options": part.options,
+            "question": item["question"],
+            "item": item["metadata"],
+        }
+        return Task(f"{part.task}-{split}-{seed}", tuple(messages), item["answer"], metadata, seed)
 
     def _examples(self, part: Mixed) -> _Examples:
         if not self.few_shot:
@@ -244,9 +241,9 @@ def _is_expression(text: str) -> bool:
 
 def _is_arithmetic(node: ast.expr, powers: int) -> bool:
     if isinstance(node, ast.Constant):
-        return type(node.value) in (int, float) and abs(node.value) < 1e12
+        return _size(node) < 1e12
     if isinstance(node, ast.Name):
-        return len(node.id) == 1 or node.id in ("pi",)
+        return len(node.id) == 1 or node.id == "pi"
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.op, ast.USub | ast.UAdd) and _is_arithmetic(node.operand, powers)
     if isinstance(node, ast.Call):
@@ -255,11 +252,32 @@ def _is_arithmetic(node: ast.expr, powers: int) -> bool:
     if not isinstance(node, ast.BinOp):
         return False
     if isinstance(node.op, ast.Pow):
-        # A tower of powers is the one thing here that a few characters make too large to compute.
-        small = isinstance(node.right, ast.Constant) is False or abs(float(node.right.value)) <= 64  # type: ignore[union-attr]
-        return powers == 0 and small and _is_arithmetic(node.left, 1) and _is_arithmetic(node.right, 1)
+        # A power is the one thing here that a few characters make too large to compute.
+        small = powers == 0 and _bound(node.right) <= _MAX_POWER
+        return small and _is_arithmetic(node.left, 1) and _is_arithmetic(node.right, 1)
     plain = isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div)
     return plain and _is_arithmetic(node.left, powers) and _is_arithmetic(node.right, powers)
+
+
+def _size(node: ast.Constant) -> float:
+    """Absolute value of a number, infinite for anything else."""
+    return abs(node.value) if isinstance(node.value, int | float) else math.inf
+
+
+def _bound(node: ast.expr) -> float:
+    """An upper bound of an exponent's size, names counted as 1."""
+    if isinstance(node, ast.Constant):
+        return _size(node)
+    if isinstance(node, ast.UnaryOp):
+        return _bound(node.operand)
+    if isinstance(node, ast.BinOp):
+        left, right = _bound(node.left), _bound(node.right)
+        if isinstance(node.op, ast.Add | ast.Sub):
+            return left + right
+        if isinstance(node.op, ast.Mult):
+            return left * right
+        return left if isinstance(node.right, ast.Constant) and right >= 1 else math.inf
+    return 1.0 if isinstance(node, ast.Name) else math.inf
 
 
 def _share(question: str) -> float:
@@ -279,24 +297,26 @@ def _known() -> list[str]:
     return sorted(set(_library().DATASETS) - {"composite"})  # `mix` is what composite does
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def _check_options(where: str, name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError with a sentence that begins with the key, by which its line in the recipe is found."""
     if name not in _known():
-        near = difflib.get_close_matches(name, _known(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"reasoning-gym has no task {name!r}{hint} Known: {', '.join(_known())}")
+        raise ValueError(f"{where}: reasoning-gym has no task {name!r}; {_nearest(name, _known())}")
     allowed = [field.name for field in dataclasses.fields(_library().DATASETS[name][1])]
+    allowed = [field for field in allowed if field not in ("seed", "size")]
     for key in options:
         if key in ("seed", "size"):
-            raise ValueError(f"options.{key} of {name!r} can't be set: items come from run.seed, without end")
+            raise ValueError(f"{where}: {key!r} can't be set for {name!r}: items come from run.seed, without end")
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(k for k in allowed if k not in ("seed", "size"))
-            raise ValueError(f"task {name!r} has no option {key!r}{hint} Known: {known}")
+            raise ValueError(f"{where}: task {name!r} has no option {key!r}; {_nearest(key, allowed)}")
     try:
-        _dataset(name, _frozen(options), 0)
+        _dataset(name, _frozen(options))
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"options of {name!r}: {error}") from error
+        raise ValueError(f"{where}: options of {name!r}: {error}") from error
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def _frozen(options: Mapping[str, Any]) -> str:
@@ -304,8 +324,9 @@ def _frozen(options: Mapping[str, Any]) -> str:
     return json.dumps(dict(options), sort_keys=True)
 
 
-@lru_cache(256)
-def _dataset(name: str, options: str, seed: int) -> Any:
+@lru_cache(64)
+def _dataset(name: str, options: str, seed: int = 0) -> Any:
+    """A data set of one item; scoring asks any of them, as it depends on the options alone."""
     return _library().create_dataset(name, seed=seed, size=1, **json.loads(options))
 
 
@@ -314,12 +335,13 @@ def _item(name: str, options: str, seed: int) -> Mapping[str, Any]:
     """One item: question, answer (or None), metadata as plain data."""
     try:
         item = _library().create_dataset(name, seed=seed, size=1, **json.loads(options))[0]
+        json.dumps(item["metadata"])
+        return item
     except Exception as error:
         raise ConfigError(
-            f"env.reasoning_gym: task {name!r} can't make an item with options {options}: {error!r}; change env.options."
+            f"env.reasoning_gym: task {name!r} can't make an item with options {options}: {error!r}; "
+            "change env.options."
         ) from error
-    json.dumps(item["metadata"])
-    return item
 
 
 @lru_cache(64)
