@@ -62,7 +62,7 @@ def collect(
     with ExitStack() as stack:
         pool = stack.enter_context(WorkerPool(family)) if family.isolate else None
         play = _Play(
-            family, engine, chat, _until_turn_end(sampling, chat), seed, first_task, max_turns, max_context, pool
+            family, engine, chat, until_turn_end(sampling, chat), seed, first_task, max_turns, max_context, pool
         )
         stack.callback(play.abandon)
         groups = play.run(tasks, group_size, progress)
@@ -125,12 +125,15 @@ def to_rows(groups: Sequence[Group], temperature: float) -> list[Row]:
 def records(groups: Sequence[Group], rows: Sequence[Row], decode: Callable[[Ids], str]) -> list[dict[str, Any]]:
     """One JSON-serialisable record per trajectory: texts, tokens, log-probabilities, rewards by part, advantages.
 
+    messages: the task's own prompt; empty where the environment writes it.
+
     rows: those of the groups, for their advantages; decode: token ids to text, special tokens kept.
     """
     advantages = _advantages_by_turn(rows)
     return [
         {
             "task": trajectory.task.id,
+            "messages": [{"role": m.role, "content": m.content} for m in trajectory.task.prompt],
             "group": g,
             "member": m,
             "reward": trajectory.reward,
@@ -302,7 +305,7 @@ class _Play:
             episode.trajectory.info["close_error"] = describe(error)
 
 
-def _until_turn_end(sampling: Sampling, chat: Chat) -> Sampling:
+def until_turn_end(sampling: Sampling, chat: Chat) -> Sampling:
     """Stop at whatever ends a turn of this chat template, which a base model's own eos may not be."""
     if sampling.ignore_eos:
         return sampling
