@@ -167,7 +167,7 @@ class CriticSection(Section):
         if self.detach and self.kind != "head":
             raise ValueError(f"critic.detach has no effect with critic.kind: {self.kind}; remove it or set kind: head")
         if self.kind == "head" and (self.lora is not None or self.init_from is not None):
-            raise ValueError("critic.kind: head has no adapter and no start of its own; remove critic.lora and init_from")
+            raise ValueError("critic.kind: head has no adapter to start from; remove critic.lora and critic.init_from")
         return self
 
 
@@ -427,10 +427,10 @@ def _with_defaults(recipe: Recipe, algorithm: Algorithm, source: Source) -> Reci
     if not rollouts and recipe.env is None:
         for section in ("rewards", "engine"):
             if getattr(recipe, section) is not None:
-                refuse(section, f"{section} has no effect: {name} learns from data, and no env is evaluated; remove it.")
+                refuse(section, f"{section} has no effect: {name} learns from data and no env is given; remove it.")
         if recipe.eval.metrics:
             raise ConfigError(
-                f"{source.place(('eval', 'metrics'))}: eval.metrics measure replies in an env; give env, or remove them."
+                f"{source.place(('eval', 'metrics'))}: eval.metrics measure replies in an env; give env or remove them."
             )
         return recipe
     rewards = recipe.rewards

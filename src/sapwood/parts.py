@@ -77,7 +77,9 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
     tasks = None
     if family is not None and engine is not None and _evaluates_tasks(recipe, data):
         sampling = recipe.sampling().model_copy(update={"temperature": recipe.eval.temperature})
-        count = recipe.eval.task_count if data is None or recipe.env else min(recipe.eval.task_count, len(data.held_out))
+        count = recipe.eval.task_count
+        if data is not None and recipe.env is None:
+            count = min(count, len(data.held_out))
         tasks = HeldOutTasks(
             family, count, engine, chat, sampling, rewards, metrics, recipe.run.seed, policy.max_context
         )
@@ -128,8 +130,8 @@ def _models(recipe: Recipe, algorithm: Algorithm, policy: Policy) -> Models:
         reference = load_policy(recipe.model.model_copy(update=own), recipe.run.seed)
         if reference.model.config.vocab_size != policy.model.config.vocab_size:
             raise ConfigError(
-                f"reference.name: {own['name']!r} has a vocabulary of {reference.model.config.vocab_size} tokens and the "
-                f"policy one of {policy.model.config.vocab_size}; choose a model with the policy's tokenizer."
+                f"reference.name: {own['name']!r} has a vocabulary of {reference.model.config.vocab_size} tokens and "
+                f"the policy one of {policy.model.config.vocab_size}; choose a model with the policy's tokenizer."
             )
     critic = build_critic(policy, recipe.critic, recipe.model, recipe.run.seed) if needs.values else None
     return Models(policy, needs=needs, reference=reference, critic=critic, autocast=recipe.model.autocast)

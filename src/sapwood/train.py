@@ -38,11 +38,11 @@ from sapwood.evaluate import EvalTable, MetricTable
 from sapwood.models.load import Policy
 from sapwood.models.roles import Models
 from sapwood.optimizer import Stepper
+from sapwood.parts import Parts, build
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.rollout import to_rows
 from sapwood.run import Run
-from sapwood.parts import Parts, build
 from sapwood.source import DROPOUT, ORDER, derive
 from sapwood.tree import pack
 from sapwood.types import Group, Row
@@ -336,4 +336,3 @@ def _told(metrics: Mapping[str, float]) -> str:
 def _reply_metrics(groups: Sequence[Group]) -> dict[str, float]:
     lengths = [turn.token_ids.size for group in groups for t in group.trajectories for turn in t.turns]
     return {"reply_tokens": sum(lengths) / max(len(lengths), 1)}
-
