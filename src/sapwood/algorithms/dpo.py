@@ -161,7 +161,7 @@ class DPO(Algorithm):
 
     def credit(self, groups: Sequence[Group], rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Rows of whole pairs. Raises DataError for a group that isn't a pair."""
-        kept, incomplete = whole_pairs(rows)
+        kept, incomplete = whole_pairs(rows, len(groups))
         self._targets = self._sorted_targets(kept, len(groups)) if self.needs.old_logprobs else ()
         return kept, {"incomplete_share": incomplete}
 

@@ -36,7 +36,7 @@ class RewardModel(Algorithm):
 
     def credit(self, groups: Sequence[Group], rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Rows of whole pairs. Raises DataError for a group that isn't a pair."""
-        kept, incomplete = whole_pairs(rows)
+        kept, incomplete = whole_pairs(rows, len(groups))
         return kept, {"incomplete_share": incomplete}
 
     def loss(self, forward: Forward, batch: RowBatch, totals: Totals) -> LossOutput:

@@ -68,8 +68,9 @@ class Pairs:
         return per_row[self.chosen], per_row[self.rejected]
 
 
-def whole_pairs(rows: Sequence[Row]) -> tuple[list[Row], float]:
-    """The rows of groups that have a chosen and a rejected row, in their order, and the share of groups left out.
+def whole_pairs(rows: Sequence[Row], groups: int) -> tuple[list[Row], float]:
+    """The rows of groups that have a chosen and a rejected row, in their order, and the share of the
+    batch's `groups` that are left out.
 
     A reply without a scored token has no row, so its pair teaches nothing. Raises DataError where a reply has
     several rows (its conversation restarts): a pair compares two unbroken conversations.
@@ -85,7 +86,7 @@ def whole_pairs(rows: Sequence[Row]) -> tuple[list[Row], float]:
                 "reply that don't restart."
             )
     whole = {group for group, found in members.items() if len(found) == 2}
-    return [row for row in rows if row.group in whole], 1.0 - len(whole) / max(len(members), 1)
+    return [row for row in rows if row.group in whole], 1.0 - len(whole) / max(groups, 1)
 
 
 def preference_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
