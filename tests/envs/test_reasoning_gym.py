@@ -164,7 +164,7 @@ def test_in_a_recipe(tmp_path):
     path.write_text("run: {dir: x, steps: 1}\nalgorithm: {name: grpo}\nenv:\n  name: reasoning_gym\n  task: gcd\n")
     assert load_recipe(path).build_env() == ReasoningGym(task="gcd")
     path.write_text(path.read_text().replace("gcd", "gdc"))
-    with pytest.raises(ConfigError, match=r"gcd.yaml, line 5: env.task: .* no task 'gdc'; did you mean 'gcd'\?$"):
+    with pytest.raises(ConfigError, match=r"gcd.yaml line 5: env.task: .* no task 'gdc'; did you mean 'gcd'\?$"):
         load_recipe(path)
 
 
