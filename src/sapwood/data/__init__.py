@@ -2,15 +2,29 @@
 
 Whatever a file calls its fields, a `Record` is messages that open a conversation and the replies that it may get: none
 (a prompt to roll out), one (a demonstration, or a reply with a label) or two (chosen and rejected).
+
+    section   what a recipe may say about data
+    read      files and hub sets -> entries, streamed, each with its line or row
+    shapes    entries -> records: fields found by name, roles, transcripts, pairs
+    store     records -> an Arrow file in the cache, memory-mapped
+    dataset   `open_data`: split by content, mixed by weight, an order for every epoch
+    groups    `Grouper`: a record -> tokens, as a rollout would have made them
+    prompts   `DataPrompts`: the prompts of records as a world to roll out in
+    check     what `sapwood data check` reports; prepare: what `sapwood data prepare` writes
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sapwood.types import Message
+
+#: What a group is made for: rollouts of a task, one demonstration, a (chosen, rejected) pair, or one labelled reply.
+LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels"]
+#: Called as progress(what, done, total); fits `sapwood.progress.Progress.work`.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
