@@ -62,6 +62,21 @@ def clipped_loss(
     return -torch.minimum(free * advantages, clipped * advantages)
 
 
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """The critic's squared error, halved. values, old_values, returns [S] -> [S].
+
+        max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2
+
+    or without the second term where clip is None. As in OpenAI's baselines and TRL: the clip takes the gradient of a
+    value that has moved beyond it *towards* its target, and leaves one that moved away free to come back.
+    """
+    free = (values - returns).square()
+    if clip is None:
+        return 0.5 * free
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum(free, (clipped - returns).square())
+
+
 def cispo_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip_high: float) -> Tensor:
     """-min(r, 1 + clip_high) * A * log pi, no gradient through the ratio. All [S] -> [S] (arXiv 2506.13585, eq. 4).
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of the step."""
+"""Schedules of learning rates and coefficients."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: 
     if schedule == "cosine":
         return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown schedule {schedule!r}; known: constant, linear, cosine")
+
+
+def linear_to_floor(start: float, *, progress: float, floor: float) -> float:
+    """max(floor, start * (1 - progress)): the line from `start` to 0 at progress 1, cut off at `floor`."""
+    return max(floor, start * (1.0 - progress))
