@@ -182,8 +182,8 @@ class DPO(Algorithm):
         sft_coef = 1.0 if "orpo" in self.terms else self.sft_coef
         metrics = {
             "preference_loss": per_pair,
-            "preference_accuracy": preference_accuracy(chosen, rejected),
-            "reward_margin": chosen - rejected,
+            "accuracy": preference_accuracy(chosen, rejected),
+            "margin": chosen - rejected,
             "reward_chosen": chosen,
             "reward_rejected": rejected,
             "logprob_chosen": logprobs[0],

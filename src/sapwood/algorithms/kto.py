@@ -102,7 +102,7 @@ class KTO(Algorithm):
         rewards = self.beta * log_ratios
         metrics = {
             "loss": per_row,
-            "preference_accuracy": right,
+            "accuracy": right,
             "desirable_share": good,
             "_reward_chosen": good * rewards,
             "_reward_rejected": (1.0 - good) * rewards,
@@ -118,12 +118,14 @@ class KTO(Algorithm):
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Means over the desirable and over the undesirable rows, where there are any."""
         found: dict[str, float] = {}
+        if "desirable_share" not in metrics:  # a step in which no row could teach
+            return found
         shares = {"chosen": metrics["desirable_share"], "rejected": 1.0 - metrics["desirable_share"]}
         for side, share in shares.items():
             if share > 1e-6:  # the share is a sum in fp32
                 found |= {f"{name}_{side}": metrics[f"_{name}_{side}"] / share for name in ("reward", "logprob")}
         if len(found) == 4:
-            found["reward_margin"] = found["reward_chosen"] - found["reward_rejected"]
+            found["margin"] = found["reward_chosen"] - found["reward_rejected"]
         return found
 
     def state(self) -> dict[str, Any]:

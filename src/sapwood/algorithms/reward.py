@@ -52,8 +52,8 @@ class RewardModel(Algorithm):
         per_pair = per_pair + self.center_rewards_coefficient * (chosen + rejected).square()
         metrics = {
             "loss": per_pair,
-            "preference_accuracy": preference_accuracy(chosen, rejected),
-            "reward_margin": chosen - rejected,
+            "accuracy": preference_accuracy(chosen, rejected),
+            "margin": chosen - rejected,
             "reward_chosen": chosen,
             "reward_rejected": rejected,
             "_reward_square": 0.5 * (chosen.square() + rejected.square()),
@@ -63,6 +63,8 @@ class RewardModel(Algorithm):
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Standard deviation of all rewards of the update."""
+        if "_reward_square" not in metrics:  # a step in which no row could teach
+            return {}
         mean = 0.5 * (metrics["reward_chosen"] + metrics["reward_rejected"])
         return {"reward_std": math.sqrt(max(metrics["_reward_square"] - mean * mean, 0.0))}
 

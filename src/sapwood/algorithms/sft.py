@@ -49,6 +49,8 @@ class SFT(Algorithm):
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Perplexity: exp of the mean negative log-likelihood per token; infinite where that overflows."""
+        if "nll" not in metrics:  # a step in which no row could teach
+            return {}
         return {"perplexity": math.exp(metrics["nll"]) if metrics["nll"] < 700.0 else math.inf}
 
 
