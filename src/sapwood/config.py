@@ -8,12 +8,15 @@ run. The sections `env`, `algorithm`, `engine` and `rewards` stay mappings of a 
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
+from annotated_types import Ge
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -50,9 +53,13 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
         # YAML reads `yes` and `on` as true, and pydantic reads true as 1: a typo would become a setting.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("number_type", "Input should be a number")
         return value
+
+
+def _is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_is_number, get_args(annotation)))
 
 
 class RunSection(Section):
@@ -107,12 +114,19 @@ class ModelSection(Section):
     lora: LoraSection | None = Field(default_factory=LoraSection)
     quantize: Literal["none", "8bit", "4bit"] = "none"
     gradient_checkpointing: StrictBool = False
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: str = "auto"
     device_map: str | None = None
     cache_dir: Path | None = None
     trust_remote_code: StrictBool = False
     chat_template: Path | None = None
     tree: StrictBool = True
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+            raise PydanticCustomError("device", "Input should be 'auto', 'cpu', 'cuda' or one GPU such as 'cuda:1'")
+        return value
 
     @model_validator(mode="after")
     def _trainable(self) -> ModelSection:
@@ -367,7 +381,7 @@ def load_recipe(paths: Sequence[Path | str] | Path | str, overrides: Sequence[st
 
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     """The recipe of a plain mapping, checked like one from a file. Raises ConfigError."""
-    return _parse(Source(configfile.normalise(data)))
+    return _parse(configfile.source_of(data))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -376,11 +390,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _parse(source: Source) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(source.data)
-    except ValidationError as error:
-        raise ConfigError(configfile.explain(error, source, (), Recipe)) from error
+    source = configfile.settle(source, lambda gate: _has_section(gate, source))
+    recipe = _checked(source)
     _name("algorithm", recipe.algorithm, ("algorithm",), source)
+    if source.soft:
+        source = _settle(source, recipe)
+        recipe = _checked(source)
     from sapwood.algorithms import Algorithm  # imports torch, so only once the file itself is right
 
     algorithm = _build("algorithm", recipe.algorithm, ("algorithm",), Algorithm, source)
@@ -405,6 +420,86 @@ def _parse(source: Source) -> Recipe:
     if recipe.engine is not None:
         resolved["engine"] = _resolve_engine(recipe.engine, source)
     return recipe.model_copy(update=resolved)
+
+
+def _checked(source: Source) -> Recipe:
+    try:
+        return Recipe.model_validate(source.data)
+    except ValidationError as error:
+        raise ConfigError(configfile.explain(error, source, (), Recipe)) from error
+
+
+def _has_section(gate: KeyPath, source: Source) -> bool | None:
+    """Whether the recipe has what a soft key asks for, as far as its own keys tell. Raises ConfigError."""
+    section = str(gate[0])
+    if section in ("env", "data") and source.data.get(section) is None:
+        return False
+    if section == "data" or gate == ("env",):
+        return True
+    if gate in (("run", "steps"), ("run", "epochs")):
+        run = source.data.get("run")
+        return isinstance(run, Mapping) and run.get(gate[1]) is not None
+    later = section in ("engine", "rewards", "critic", "reference") or gate == ("eval", "metrics")
+    if later or (section in ("algorithm", "env") and len(gate) == 2):
+        return None
+    place = next(entry.place for entry in source.soft if gate in entry.gates)
+    name = configfile.dotted(gate)
+    if section not in Recipe.model_fields:
+        raise ConfigError(f"{place}: {configfile.unknown_key(gate[:1], sorted(Recipe.model_fields))}")
+    raise ConfigError(f"{place}: {name}? asks whether the recipe can have {name}, and every one can; remove the '?'.")
+
+
+def _settle(source: Source, recipe: Recipe) -> Source:
+    """The soft keys that depend on plugins: options that they have, and sections that are in use."""
+    from sapwood.algorithms import Algorithm
+
+    def option(gate: KeyPath) -> bool | None:
+        if gate in (("algorithm", "epochs"), ("algorithm", "updates")):  # every algorithm's, but meant for rollouts
+            return plugin.learns_from == "rollouts"
+        return _has_option(gate, source) if len(gate) == 2 and gate[0] in ("algorithm", "env", "engine") else None
+
+    def used(gate: KeyPath) -> bool:
+        if gate[0] in ("critic", "reference"):
+            return algorithm.needs.values if gate[0] == "critic" else algorithm.needs.reference_logprobs
+        return algorithm.learns_from == "rollouts" or recipe.env is not None
+
+    plugin = _plugin("algorithm", recipe.algorithm, ("algorithm",), source)
+    source = dataclasses.replace(source, soft=tuple(_at_least(entry, plugin) for entry in source.soft))
+    source = configfile.settle(source, lambda gate: option(gate) if gate[0] == "algorithm" else None)
+    algorithm: Algorithm = _build("algorithm", source.data["algorithm"], ("algorithm",), Algorithm, source)
+    return configfile.settle(source, lambda gate: used(gate) and option(gate) is not False)
+
+
+def _has_option(gate: KeyPath, source: Source) -> bool:
+    """Whether the plugin has the option. Raises ConfigError where no built-in one has: a typo would never apply."""
+    kind, key = str(gate[0]), str(gate[1])
+    section = source.data.get(kind) or {}
+    name = _name(kind, section, (kind,), source)
+    if key in _option_names(_plugin(kind, {"name": name}, (kind,), source)):
+        return True
+    known = {option for other in plugins.known(kind) for option in _option_names(plugins.load(kind, other))}
+    if key in known:
+        return False
+    place = next(entry.place for entry in source.soft if gate in entry.gates)
+    raise ConfigError(f"{place}: no {kind} has it: {configfile.unknown_key(gate, sorted(known))}")
+
+
+def _option_names(plugin: Any) -> set[str]:
+    if isinstance(plugin, type) and issubclass(plugin, Engine):
+        model = _engine_options_model(plugin)
+        return {*Sampling.model_fields, *(model.model_fields if model else ())}
+    return set(plugin.model_fields)
+
+
+def _at_least(entry: configfile.Soft, plugin: Any) -> configfile.Soft:
+    """A soft number of an algorithm that takes no less than a minimum, raised to it."""
+    field = plugin.model_fields.get(entry.path[-1]) if entry.path[0] == "algorithm" and len(entry.path) == 2 else None
+    if field is None or not isinstance(entry.value, int | float):
+        return entry
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    rules: list[Any] = [rule.ge for rule in field.metadata if isinstance(rule, Ge)]
+    least: Any = max(rules, default=extra.get("minimum"))
+    return entry if least is None else dataclasses.replace(entry, value=max(entry.value, least))
 
 
 def _with_defaults(recipe: Recipe, algorithm: Algorithm, source: Source) -> Recipe:

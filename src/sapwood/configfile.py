@@ -3,6 +3,10 @@
 Merging: mappings merge key by key, anything else (lists too) replaces. Naming another plugin in `env`,
 `algorithm`, `engine` or an entry of `rewards` drops the options of the earlier one, because they belong to it;
 the sampling options of `engine` and the weight of a reward mean the same for all and stay.
+
+Soft keys: an overlay that ends a key of a section, or a section, with "?" sets it only where the recipe has it
+(`group_size?: 4`, `engine?: {max_new_tokens: 64}`), so that one overlay fits recipes of every algorithm. They are
+carried along beside the data and applied by `settle`, once it is known what the recipe names.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from sapwood.engines import Sampling
 from sapwood.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+SOFT = "?"
 
 #: Sections that are the options of a named plugin, with the keys that outlive a change of the name.
 PLUGIN_SECTIONS: dict[str, frozenset[str]] = {
@@ -37,12 +42,23 @@ DEFAULT_LISTS: dict[str, list[Any]] = {"rewards": [{"name": "env"}], "trackers":
 
 
 @dataclass(frozen=True)
+class Soft:
+    """A value that is set only where the recipe has every key in `gates`: those that were written with a "?"."""
+
+    path: KeyPath
+    value: Any
+    gates: tuple[KeyPath, ...]
+    place: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A recipe as plain data. places: where each key was last set, e.g. "recipes/x.yaml line 12"."""
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
     label: str = "recipe"
+    soft: tuple[Soft, ...] = ()
 
     def place(self, path: KeyPath) -> str:
         """Where `path`, or else the nearest key above it, was set."""
@@ -91,7 +107,9 @@ def read(path: Path) -> Source:
         data = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path} line {line}: not valid YAML: {error.problem or error.context}.") from error
+        problem = error.problem or error.context
+        hint = '; within braces a soft key wants quotes: {"key?": 1}' if "got '?'" in str(problem) else ""
+        raise ConfigError(f"{path} line {line}: not valid YAML: {problem}{hint}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}.") from error
     finally:
@@ -100,7 +118,83 @@ def read(path: Path) -> Source:
         raise ConfigError(f"{path}: the recipe is empty; it needs at least run, algorithm, and env or data.")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (run:, model: ...), not {_show(data)}.")
-    return Source(normalise(data), places, str(path))
+    return source_of(data, places, str(path))
+
+
+def source_of(data: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, label: str = "recipe") -> Source:
+    """A recipe's plain data with shorthands written out and soft keys set aside."""
+    found = Source({}, dict(places or {}), label)
+    hard: dict[str, Any] = {}
+    soft: list[Soft] = []
+
+    def set_aside(written: KeyPath, value: Any) -> None:
+        path = tuple(str(part).removesuffix(SOFT) for part in written)
+        gates = tuple(path[: index + 1] for index, part in enumerate(written) if _is_soft(part))
+        tree = normalise(nest(path, value))
+        soft.extend(Soft(leaf, value, gates, found.place(written)) for leaf, value in _leaves(tree, ()))
+
+    for key, value in data.items():
+        if isinstance(value, Mapping) and any(map(_is_soft, value)):
+            for name in filter(_is_soft, value):
+                set_aside((key, name), value[name])
+            value = {name: below for name, below in value.items() if not _is_soft(name)}
+            if not value:
+                continue
+        if _is_soft(key):
+            set_aside((key,), value)
+        else:
+            hard[key] = value
+    kept = {path: place for path, place in found.places.items() if not any(map(_is_soft, path[:2]))}
+    return Source(normalise(hard), kept, label, tuple(soft))
+
+
+def _is_soft(key: Any) -> bool:
+    return isinstance(key, str) and key.endswith(SOFT)
+
+
+def _leaves(data: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Values with their paths; a name comes first, as the other keys beside it are that plugin's."""
+    if not (isinstance(data, Mapping) and data):
+        yield path, data
+        return
+    for key in sorted(data, key=lambda key: key != "name"):
+        yield from _leaves(data[key], (*path, key))
+
+
+def nest(path: KeyPath, value: Any) -> Any:
+    """Mappings in which `value` sits at `path`."""
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def settle(source: Source, has: Callable[[KeyPath], bool | None]) -> Source:
+    """`source` with its soft keys set where `has` is true of all their gates, and dropped where it is false of one.
+
+    has: whether the recipe has the section or key; None where that isn't known yet, which leaves the soft key as it is.
+    """
+    data, places, waiting = source.data, dict(source.places), []
+    for soft in source.soft:
+        answers = [has(gate) for gate in soft.gates]
+        if False in answers:
+            continue
+        if None in answers:
+            waiting.append(soft)
+            continue
+        data = _merge(data, nest(soft.path, soft.value), ())
+        places[soft.path] = soft.place
+    return Source(data, places, source.label, tuple(waiting))
+
+
+def _decides(data: Any, path: KeyPath) -> bool:
+    """Whether `data` sets `path`, or something other than a mapping above it."""
+    for part in path:
+        if not isinstance(data, Mapping):
+            return True
+        if part not in data:
+            return False
+        data = data[part]
+    return True
 
 
 def _locate(
@@ -113,11 +207,11 @@ def _locate(
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen and key.value != "<<":
-                name, earlier = dotted((*path, key.value)), seen[key.value]
+            line, bare = key.start_mark.line + 1, key.value.removesuffix(SOFT) if len(path) < 2 else key.value
+            if bare in seen and bare != "<<":
+                name, earlier = dotted((*path, bare)), seen[bare]
                 raise ConfigError(f"{file} line {line}: {name} was already set on line {earlier}; keep one.")
-            seen[key.value] = line
+            seen[bare] = line
             places[(*path, key.value)] = f"{file} line {line}"
             _locate(value, (*path, key.value), file, places, above)
     elif isinstance(node, yaml.SequenceNode):
@@ -148,7 +242,9 @@ def normalise(data: Mapping[str, Any]) -> dict[str, Any]:
 def merge(base: Source, overlay: Source) -> Source:
     """`overlay` on top of `base`."""
     data = _merge(base.data, overlay.data, ())
-    return Source(data, {**base.places, **overlay.places}, f"{base.label} + {overlay.label}")
+    soft = [entry for entry in base.soft if not _decides(overlay.data, entry.path)]
+    places = {**base.places, **overlay.places}
+    return Source(data, places, f"{base.label} + {overlay.label}", (*soft, *overlay.soft))
 
 
 def _merge(base: Any, overlay: Any, path: KeyPath) -> Any:
@@ -170,11 +266,10 @@ def override(source: Source, texts: Sequence[str]) -> Source:
     parsed = [_parse_override(text) for text in texts]
     parsed.sort(key=lambda item: not _names_plugin(item[0]))
     for keys, value, text in parsed:
-        data = normalise(_overlay({**DEFAULT_LISTS, **source.data}, keys, value, text))
+        data = _overlay({**DEFAULT_LISTS, **source.data}, keys, value, text)
         path = tuple(int(key) if key.isdigit() and keys[0] in DEFAULT_LISTS else key for key in keys)
-        overlay = Source(data, {path: f"override {text}"}, source.label)
-        merged = merge(source, overlay)
-        source = Source(merged.data, merged.places, source.label)
+        overlay = source_of(data, {path: f"override {text}"}, source.label)
+        source = replace(merge(source, overlay), label=source.label)
     return source
 
 
