@@ -66,15 +66,19 @@ def _dispatch(given: list[str]) -> int:
     if given[0] == "--dump-help":
         print(dump_help())
         return 0
-    if given[0] not in COMMANDS:
+    command = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
+    if command == "data":
+        print(_help_of_data())
+        return 0 if given[1:] in (["-h"], ["--help"]) else 2
+    if command not in COMMANDS:
         import difflib
 
         near = difflib.get_close_matches(given[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COMMANDS)}."
         print(f"sapwood: unknown command {given[0]!r}; {hint}", file=sys.stderr)
         return 2
-    namespace = parser(given[0]).parse_intermixed_args(given[1:])
-    return COMMANDS[given[0]].run(namespace)
+    namespace = parser(command).parse_intermixed_args(given[len(command.split()) :])
+    return COMMANDS[command].run(namespace)
 
 
 def _verbose(given: Sequence[str]) -> bool:
@@ -100,7 +104,7 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 def top_help() -> str:
     """Help of `sapwood` itself."""
-    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sapwood COMMAND ...",
@@ -113,6 +117,11 @@ def top_help() -> str:
             "`sapwood COMMAND --help` explains a command; `sapwood --version` prints the version.",
         ]
     )
+
+
+def _help_of_data() -> str:
+    lines = [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items() if name.startswith("data ")]
+    return "\n".join(["usage: sapwood data check|prepare ...", "", "commands:", *lines])
 
 
 def dump_help() -> str:
@@ -146,18 +155,55 @@ def _rollout_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def _eval_arguments(made: argparse.ArgumentParser) -> None:
-    _recipe_arguments(made)
-    made.add_argument("--adapter", type=Path, metavar="PATH", help="an adapter, checkpoint or run to evaluate")
-    made.add_argument("--tasks", type=_positive, metavar="N", help="held-out tasks (the recipe's eval.tasks)")
-    made.add_argument("--json", action="store_true", help="print the table as JSON")
+    made.add_argument(
+        "recipe",
+        nargs="+",
+        metavar="RECIPE|RUN|MODEL|KEY=VALUE",
+        help="a recipe with overlays and overrides, a run folder, or (with --data) any model or adapter",
+    )
+    made.add_argument("--device", metavar="NAME", help="short for model.device=...: auto, cpu, cuda or cuda:1")
+    made.add_argument("--algorithm", metavar="NAME", help="what measures --data of a model: sft (default), dpo, reward")
+    made.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="an adapter, checkpoint or run to put beside the base; may be repeated",
+    )
+    made.add_argument(
+        "--data", type=Path, metavar="FILE", help="measure this data, or the perplexity of this text (.txt, .md)"
+    )
+    made.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further metric of the replies, as under eval.metrics, options too: '{name: pass_at_k, k: 4}'",
+    )
+    made.add_argument(
+        "--tasks", type=_positive, metavar="N", help="held-out tasks or records (the recipe's eval.tasks, max_samples)"
+    )
+    made.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the tables to")
+    made.add_argument("--json", action="store_true", help="print the tables as JSON")
 
 
 def _generate_arguments(made: argparse.ArgumentParser) -> None:
-    made.add_argument("model", metavar="MODEL|RUN", help="a model's name, folder or hub id, or a run folder")
+    made.add_argument("model", metavar="MODEL|RUN", help="a model's name, folder or hub id, an adapter or a run folder")
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a user message; may be repeated")
-    source.add_argument("--input", type=Path, metavar="FILE", help='JSONL with a "prompt" on each line')
-    made.add_argument("--out", type=Path, metavar="FILE", help="JSONL file to write (default: print the replies)")
+    source.add_argument(
+        "--input", type=Path, metavar="FILE", help='JSONL with a "prompt" (text or messages) a line, or any data file'
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSONL file to write; a run that was killed is continued (default: print)",
+    )
+    made.add_argument("--n", type=_positive, default=1, metavar="N", help="replies to each prompt (1)")
+    made.add_argument("--system", metavar="TEXT", help="a system message before every prompt")
+    made.add_argument("--field", metavar="NAME", help="the field of the input that holds the prompt (prompt)")
+    made.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the model's own")
     made.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (1.0)")
     made.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens; 0 keeps all")
     made.add_argument(
@@ -167,8 +213,16 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of a reply (128)")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
-    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="type of the weights")
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to run")
+    made.add_argument(
+        "--batch", type=_positive, default=32, metavar="N", help="replies sampled, then written, together"
+    )
+    made.add_argument("--dtype", metavar="NAME", help="type of the weights: auto, float32, bfloat16 or float16")
+    made.add_argument("--device", metavar="NAME", help="where to run: auto, cpu, cuda or cuda:1")
+
+
+def _export_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="a run folder, a checkpoint or an adapter")
+    made.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist yet")
 
 
 def _list_arguments(made: argparse.ArgumentParser) -> None:
@@ -258,26 +312,85 @@ def _rollout(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    recipe = _load(arguments)
-    first = Path(arguments.recipe[0])
-    adapter = arguments.adapter or (first if first.is_dir() else None)
-    with _progress() as progress:
-        from sapwood.evaluate import run_eval
+    first = arguments.recipe[0]
+    is_recipe = Path(first).suffix in (".yaml", ".yml") or (Path(first) / "recipe.yaml").is_file()
+    adapters = arguments.adapter
+    if is_recipe:
+        if arguments.algorithm:
+            raise ConfigError("--algorithm is for a model with --data; a recipe names its own: algorithm.name=...")
+        recipe = _load(arguments)
+        adapters = adapters or ([Path(first)] if Path(first).is_dir() else None)
+    else:
+        recipe, adapters = _recipe_of_model(arguments)
+    from sapwood.compare import BASE, run_eval, with_metrics
 
-        table = run_eval(recipe, adapter, arguments.tasks, progress.work)
+    recipe = with_metrics(recipe, [_metric(text) for text in arguments.metric])
+    with _progress() as progress:
+        found = run_eval(
+            recipe,
+            adapters,
+            arguments.tasks,
+            progress.work,
+            data=arguments.data,
+            base_name=BASE if is_recipe else Path(first).name,
+        )
+    told = json.dumps(found.to_json(), indent=2, sort_keys=True)
+    if arguments.out:
+        from sapwood.run import writing
+
+        with writing(arguments.out):
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(told + "\n", encoding="utf-8")
     if arguments.json:
-        print(json.dumps(table.to_json(), indent=2, sort_keys=True))
+        print(told)
     else:
         from rich.console import Console
 
-        Console().print(table.render())
+        Console().print(found.render())
     return 0
+
+
+def _recipe_of_model(arguments: argparse.Namespace) -> tuple[Recipe, list[Path] | None]:
+    """What measures a model, an adapter or a checkpoint on --data, and the adapters to put beside it."""
+    first, *rest = arguments.recipe
+    if arguments.data is None:
+        raise ConfigError(
+            f"{first!r} is no recipe (.yaml) and no run folder: name one, or give --data FILE to measure a model on."
+        )
+    if rest:
+        raise ConfigError(f"{rest[0]!r} overrides a recipe, but {first!r} is a model; leave it out.")
+    if not arguments.data.exists():
+        raise DataError(f"--data: there is no file {str(arguments.data)!r}.")
+    from sapwood.compare import recipe_for
+    from sapwood.opening import locate
+
+    options = {"device": arguments.device} if arguments.device else {}
+    origin = locate(first, **options)
+    recipe = recipe_for(origin, arguments.data, arguments.algorithm)
+    if arguments.adapter and origin.section.init_from is not None:
+        raise ConfigError(f"--adapter: {first!r} is an adapter or a checkpoint itself; name its base, or give both.")
+    if origin.section.init_from is None:
+        return recipe, arguments.adapter
+    base = recipe.model.model_copy(update={"init_from": None})
+    return recipe.model_copy(update={"model": base}), [Path(first)]
+
+
+def _metric(text: str) -> dict[str, Any]:
+    """A name, or a mapping in YAML's short form."""
+    import yaml
+
+    if not text.lstrip().startswith("{"):
+        return {"name": text}
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--metric: {text!r} isn't a mapping such as '{{name: pass_at_k, k: 4}}'.") from error
+    return dict(found)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
-    from sapwood.config import ModelSection
     from sapwood.engines import Sampling
 
     try:
@@ -294,34 +407,43 @@ def _generate(arguments: argparse.Namespace) -> int:
         option = str(first["loc"][0]).replace("_", "-")
         problem = first["msg"].replace("Input should be", "it should be")
         raise ConfigError(f"--{option} is {first['input']!r}; {problem}.") from error
-    if arguments.input is not None and not arguments.input.is_file():
+    if arguments.input is not None and not arguments.input.exists():
         raise DataError(f"--input: there is no file {str(arguments.input)!r}.")
-    model = _generation_model(arguments.model) or ModelSection(name=arguments.model, lora=None)
-    changes = {name: getattr(arguments, name) for name in ("dtype", "device") if getattr(arguments, name)}
+    from sapwood.opening import locate
+
+    names = ("dtype", "device", "chat_template")
+    origin = locate(arguments.model, **{name: getattr(arguments, name) for name in names if getattr(arguments, name)})
     with _progress() as progress:
-        from sapwood.evaluate import run_generate
+        from sapwood.generate import run_generate
 
         replies = run_generate(
-            model.model_copy(update=changes),
+            origin,
             arguments.prompt or (),
             arguments.input,
             arguments.out,
             sampling,
             arguments.seed,
             progress.work,
+            prompt_field=arguments.field,
+            system=arguments.system,
+            n=arguments.n,
+            batch=arguments.batch,
         )
     print(arguments.out if arguments.out else "\n\n".join(record["reply"] for record in replies))
     return 0
 
 
-def _generation_model(name: str) -> Any:
-    """The model section of a run folder, started from what the run trained; None for any other name."""
-    from sapwood.config import load_recipe
+def _export(arguments: argparse.Namespace) -> int:
+    from sapwood.opening import locate
 
-    folder = Path(name)
-    if not (folder / "recipe.yaml").is_file():
-        return None
-    return load_recipe(folder).model.model_copy(update={"init_from": folder})
+    origin = locate(arguments.run)
+    with _progress() as progress:
+        progress.phase("exporting")
+        from sapwood.models.export import export
+
+        export(origin, arguments.out)
+    print(arguments.out)
+    return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -349,12 +471,17 @@ def _progress(json_lines: bool = False) -> Progress:
     return Progress(json_lines=json_lines)
 
 
-KINDS = ("algorithm", "env", "engine", "reward", "recipe", "model", "building", "climate")
+KINDS = ("algorithm", "env", "engine", "reward", "metric", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": Command("Train a model by a recipe, into a new run folder.", _train_arguments, _train),
     "rollout": Command("Play tasks with the recipe's model and write what happened.", _rollout_arguments, _rollout),
-    "eval": Command("Measure a model on held-out tasks, beside baselines.", _eval_arguments, _eval),
+    "eval": Command("Measure models on held-out tasks and data, side by side.", _eval_arguments, _eval),
     "generate": Command("Reply to prompts with a model or a trained run.", _generate_arguments, _generate),
+    "export": Command("Write what a run trained as a plain transformers folder.", _export_arguments, _export),
+    "data check": Command(
+        "Say what is in data files: bad records, repeats, lengths.", _data_check_arguments, _data_check
+    ),
+    "data prepare": Command("Turn public sets into files to learn from.", _data_prepare_arguments, _data_prepare),
     "list": Command("List what a recipe can name.", _list_arguments, _list),
     "doctor": Command("Check what works on this machine, and say how to mend the rest.", _doctor_arguments, _doctor),
 }

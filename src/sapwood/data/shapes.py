@@ -23,7 +23,7 @@ Messages = tuple[Message, ...]
 #: Names under which a part is found where it isn't mapped, the first that a record has.
 NAMES: dict[str, tuple[str, ...]] = {
     "input": ("prompt", "question", "problem", "query", "instruction", "input"),
-    "output": ("response", "completion", "output", "solution", "reply", "answer", "expected"),
+    "output": ("response", "completion", "output", "solution", "reply", "target", "answer", "expected"),
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response"),
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog"),

@@ -129,11 +129,12 @@ def open_store(
     limit: int | None = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
+    empty: bool = False,
 ) -> Store:
     """The source's records; read and normalised where the cache doesn't hold them.
 
     limit: read no further than so many records. Raises DataError for a bad record unless `skip_bad`, and for a source
-    without a good one; StorageError where the cache can't be written.
+    without a good one unless `empty`; StorageError where the cache can't be written.
     """
     inputs = resolve(source)
     options = source.model_dump(mode="json", exclude={"path", "weight", "max_samples"})
@@ -152,7 +153,7 @@ def open_store(
     first = next(store.report.bad_records(), None)
     if first is not None and not skip_bad:
         raise _strict(first)
-    if len(store) == 0:
+    if len(store) == 0 and not empty:
         raise DataError(_nothing(store.report, first))
     return store
 
