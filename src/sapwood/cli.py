@@ -225,6 +225,25 @@ def _export_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist yet")
 
 
+def _data_check_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("files", nargs="+", metavar="FILE", help="JSON, JSONL, CSV or Parquet, a folder or a hub id")
+    made.add_argument("--model", metavar="NAME", help="measure lengths in this model's tokens, by its chat template")
+    made.add_argument(
+        "--field", action="append", default=[], metavar="KEY=VALUE", help="as in data: input=problem, split=train ..."
+    )
+    made.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _data_prepare_arguments(made: argparse.ArgumentParser) -> None:
+    names = ("hh-rlhf", "belle", "alpaca-chinese", "all")
+    made.add_argument("sets", nargs="+", choices=names, metavar="SET", help=f"which sets: {', '.join(names)}")
+    made.add_argument("--input", type=Path, metavar="PATH", help="a local copy of the set (default: from the hub)")
+    made.add_argument("--output", type=Path, default=Path("data"), metavar="DIR", help="where files go (data)")
+    made.add_argument("--max-samples", type=_positive, metavar="N", help="records of each file (all)")
+    made.add_argument("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated")
+    made.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this folder of hh-rlhf")
+
+
 def _list_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("kind", nargs="?", choices=KINDS, help="only this kind")
 
@@ -443,6 +462,45 @@ def _export(arguments: argparse.Namespace) -> int:
 
         export(origin, arguments.out)
     print(arguments.out)
+    return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from sapwood.data.check import check
+
+    options = dict(item.partition("=")[::2] for item in arguments.field)
+    with _progress() as progress:
+        chat = None
+        if arguments.model:
+            from sapwood.chat import Chat
+            from sapwood.models.load import load_tokenizer
+
+            chat = Chat(load_tokenizer(arguments.model))
+        report = check(arguments.files, options, chat, progress.work)
+    print(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.good else 1
+
+
+def _data_prepare(arguments: argparse.Namespace) -> int:
+    from sapwood.data.prepare import SETS, prepare
+
+    names = list(SETS) if "all" in arguments.sets else arguments.sets
+    if arguments.input is not None and len(names) > 1:
+        raise ConfigError("--input is a copy of one set, but several are named; prepare them one by one.")
+    for name in names:
+        with _progress() as progress:
+            made = prepare(
+                name,
+                arguments.output,
+                source=arguments.input,
+                max_samples=arguments.max_samples,
+                splits=arguments.split,
+                subsets=arguments.subset,
+                progress=progress.work,
+            )
+        for file in made:
+            skipped = f", {file.bad:,} bad left out; the first: {file.problems[0]}" if file.bad else ""
+            print(f"{file.path}: {file.records:,} records{skipped}{' (was complete)' if file.already else ''}")
     return 0
 
 
