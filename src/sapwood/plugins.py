@@ -1,19 +1,24 @@
 """Names to classes: "grpo" is the `PLUGIN` of sapwood/algorithms/grpo.py, "package.module:Class" anything else.
 
-Adding a built-in is one file in the folder of its kind that sets `PLUGIN`; nothing needs registering.
+Adding a built-in is one file in the folder of its kind that sets `PLUGIN`; nothing needs registering. For rewards and
+metrics, "file.py:function" is enough: the function becomes a class of its kind.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sapwood.errors import ConfigError, UnknownPlugin
+from sapwood.errors import ConfigError, DataError, SapwoodError, UnknownPlugin
 
 KINDS = {
     "algorithm": "sapwood.algorithms",
@@ -21,6 +26,11 @@ KINDS = {
     "engine": "sapwood.engines",
     "reward": "sapwood.rewards",
     "metric": "sapwood.metrics",
+}
+#: Where a plain function can stand for a class: module and name of what makes the class.
+FUNCTIONS = {
+    "reward": ("sapwood.rewards._function", "reward_class"),
+    "metric": ("sapwood.metrics._function", "metric_class"),
 }
 
 
@@ -36,8 +46,9 @@ def known(kind: str) -> list[str]:
 def load(kind: str, name: str) -> Any:
     """The class behind a plugin name.
 
-    Accepts a built-in name, "package.module:Class" or "path/to/file.py:Class". Raises UnknownPlugin with the
-    nearest known name, or ConfigError where the module is there but the class is not.
+    Accepts a built-in name, "package.module:Class" or "path/to/file.py:Class"; for a reward or a metric also a
+    function in place of the class. Raises UnknownPlugin with the nearest known name, or ConfigError where the module
+    is there but can't be imported, or lacks the name.
     """
     if ":" in name:
         return _load_reference(kind, name)
@@ -51,27 +62,90 @@ def load(kind: str, name: str) -> Any:
 def _load_reference(kind: str, reference: str) -> Any:
     module_name, _, attribute = reference.rpartition(":")
     if module_name.endswith(".py"):
-        module = _import_file(kind, Path(module_name))
+        module = _import_file(kind, reference, Path(module_name))
     else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UnknownPlugin(f"{kind} {reference!r}: no module {error.name!r}; is it installed?") from error
+        module = _imported(kind, reference, lambda: importlib.import_module(module_name))
     if not hasattr(module, attribute):
-        raise ConfigError(f"{kind} {reference!r}: {module_name} has no {attribute!r}.")
-    return getattr(module, attribute)
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        near = difflib.get_close_matches(attribute, public, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"{kind} {reference!r}: {module_name} has no {attribute!r}{hint}")
+    found = getattr(module, attribute)
+    if kind in FUNCTIONS and inspect.isroutine(found):
+        maker, name = FUNCTIONS[kind]
+        return getattr(importlib.import_module(maker), name)(found)
+    return found
 
 
-def _import_file(kind: str, path: Path) -> Any:
+def where_raised(error: BaseException, file: str) -> str:
+    """ "file.py line 7": the innermost line of `file` that an exception passed, or else the innermost line of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename == file] or frames
+    return f"{_shown(inside[-1].filename)} line {inside[-1].lineno}" if inside else _shown(file)
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """ "file.py line 3": where a function is defined; its module where that can't be told."""
+    code = getattr(function, "__code__", None)
+    return f"{_shown(code.co_filename)} line {code.co_firstlineno}" if code else str(function.__module__)
+
+
+def call(what: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """The result of a user's function. Raises DataError with `what` and the line for whatever it raises."""
+    try:
+        return function(*args, **keywords)
+    except SapwoodError:
+        raise
+    except Exception as error:  # the boundary to code that isn't ours
+        code = getattr(function, "__code__", None) or getattr(type(function), "__code__", None)
+        line = where_raised(error, code.co_filename if code else "")
+        raise DataError(f"{what} raised {_described(error)} at {line}; fix it there.") from error
+
+
+def _described(error: BaseException) -> str:
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__} ({said})" if said else type(error).__name__
+
+
+def _shown(file: str) -> str:
+    """A path from here where the file lies below, as it is otherwise."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def _imported(kind: str, reference: str, load: Callable[[], Any]) -> Any:
+    """What `load` imports; whatever the module raises is told as one sentence."""
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        raise UnknownPlugin(f"{kind} {reference!r}: no module {error.name!r}; is it installed?") from error
+    except SyntaxError as error:
+        place = f"{_shown(error.filename or reference)} line {error.lineno}"
+        raise ConfigError(f"{kind} {reference!r}: {place} is not Python: {error.msg}.") from error
+    except SapwoodError:
+        raise
+    except Exception as error:  # the boundary to code that isn't ours
+        file = reference.rpartition(":")[0]
+        line = where_raised(error, str(Path(file).resolve()))
+        raise ConfigError(f"{kind} {reference!r}: importing it raised {_described(error)} at {line}.") from error
+
+
+def _import_file(kind: str, reference: str, path: Path) -> Any:
     if not path.is_file():
         raise UnknownPlugin(f"{kind}: no file {str(path)!r}.")
-    name = f"sapwood_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    path = path.resolve()
+    name = f"sapwood_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
+    loader = spec.loader
+    assert loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        _imported(kind, reference, lambda: loader.exec_module(module))
+    except SapwoodError:
+        del sys.modules[name]
+        raise
     return module

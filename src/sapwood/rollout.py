@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sapwood import plugins
 from sapwood.chat import Chat
 from sapwood.engines import Completion, Engine, Request, Sampling
 from sapwood.envs import EnvFamily, Observation, Step
@@ -83,7 +84,8 @@ def apply_rewards(groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
     """Set `reward_parts` and `reward` (the weighted total) of every trajectory that has no error.
 
     A part keeps its own name; where a reward returns several, or the name is taken, the reward's name comes before
-    it ("quality/grammar"). Raises DataError naming reward and task for a score that is not a finite number.
+    it ("quality/grammar"). Raises DataError naming reward and task for a score that is not a finite number, and reward
+    and line for what a reward that isn't built in raises.
     """
     scored = [Group(group.task, [t for t in group.trajectories if t.error is None]) for group in groups]
     scored = [group for group in scored if group.trajectories]
@@ -93,7 +95,7 @@ def apply_rewards(groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
     taken: set[str] = set()
     for reward in rewards:
         name = _reward_name(reward)
-        scores = reward.score(scored)
+        scores = _scores(name, reward, scored)
         _check_scores(name, scores, scored)
         parts = list(dict.fromkeys(part for group in scores for member in group for part in member))
         prefixed = len(parts) > 1 or not taken.isdisjoint(parts)
@@ -337,6 +339,12 @@ def _reward_name(reward: Reward) -> str:
     """A built-in's plugin name, otherwise the name of the class."""
     package, _, module = type(reward).__module__.rpartition(".")
     return module if package == "sapwood.rewards" else type(reward).__name__
+
+
+def _scores(name: str, reward: Reward, groups: Sequence[Group]) -> Any:
+    if type(reward).__module__.startswith("sapwood."):
+        return reward.score(groups)
+    return plugins.call(f"reward {name!r}", reward.score, groups)
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -29,7 +29,7 @@ class ExactMatch(Reward):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        return _checked(pattern)
+        return checked_pattern(pattern)
 
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
         """parts[g][i] = {"exact_match": 0.0 or 1.0}."""
@@ -70,7 +70,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _checked(pattern: str | None) -> str | None:
+def checked_pattern(pattern: str | None) -> str | None:
     """Refuse a regular expression that doesn't compile (pydantic reports ValueError as a sentence)."""
     try:
         re.compile(pattern or "")
