@@ -15,10 +15,10 @@ from sapwood.data.prompts import DataPrompts
 from sapwood.engines import Engine
 from sapwood.envs import EnvFamily
 from sapwood.errors import ConfigError
-from sapwood.evaluate import build_chat, build_engine
 from sapwood.heldout import HeldOutRecords, HeldOutTasks
 from sapwood.models.load import Policy, load_policy
 from sapwood.models.roles import Models, build_critic
+from sapwood.opening import build_chat, build_engine
 from sapwood.optimizer import EarlyStopping, Plateau, Stepper
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
@@ -114,7 +114,7 @@ def _family(recipe: Recipe, algorithm: Algorithm, data: _Data | None) -> EnvFami
         family.tasks("train", 1, recipe.run.seed)  # refuses an empty family before any weight is loaded
         return family
     if algorithm.learns_from == "rollouts" and data is not None:
-        return DataPrompts.of(data.train, data.held_out)
+        return DataPrompts(train=data.train, held_out=data.held_out)
     return None
 
 
@@ -211,6 +211,5 @@ def _notes(policy: Policy, models: Models, data: _Data | None) -> list[str]:
     if policy.fallback:
         notes.append(f"plain rows in place of the token tree: {policy.fallback}")
     if data is not None:
-        notes.append(f"data: {len(data.train):,} records, {len(data.held_out):,} held out")
-        notes += data.train.report.notes()
+        notes += data.train.report.lines()
     return notes

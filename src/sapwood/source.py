@@ -13,12 +13,13 @@ from sapwood.algorithms import Algorithm
 from sapwood.chat import Chat
 from sapwood.data.dataset import Dataset
 from sapwood.data.groups import Grouper
+from sapwood.data.prompts import DataPrompts
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily
 from sapwood.errors import DataError
 from sapwood.rewards import Reward
 from sapwood.rollout import collect
-from sapwood.types import Group
+from sapwood.types import Group, Task
 
 #: Further rollouts that dynamic sampling may ask for in one step.
 MAX_RESAMPLES = 3
@@ -80,7 +81,7 @@ class Rollouts(Source):
             missing = self.per_step - len(groups)
             fresh = collect(
                 self.family,
-                self.family.tasks("train", missing, derive(self.seed, TASKS, step, attempt)),
+                self._tasks(step, attempt, missing),
                 self.algorithm.attempts,
                 self.engine,
                 self.chat,
@@ -94,6 +95,12 @@ class Rollouts(Source):
             if last or len(groups) == self.per_step:
                 break
         return groups
+
+    def _tasks(self, step: int, attempt: int, count: int) -> list[Task]:
+        """Prompts of data are walked epoch by epoch, others are drawn; so are those of a further attempt."""
+        if isinstance(self.family, DataPrompts) and attempt == 0:
+            return self.family.walk((step - 1) * self.per_step, count)
+        return self.family.tasks("train", count, derive(self.seed, TASKS, step, attempt))
 
 
 @dataclass
