@@ -18,6 +18,7 @@ from sapwood.ops.losses import (
     row_mean,
     row_sum,
     sapo_loss,
+    value_loss,
     vespo_loss,
 )
 
@@ -157,3 +158,16 @@ def test_gap_weights_carry_no_gradient() -> None:
     gap = GAP.clone().requires_grad_()
     weights = gap_weights(gap, torch.tensor([2, 1]), level="token", mode="truncate", cap=9.0, floor=None)
     assert not weights.requires_grad
+
+
+def test_value_loss_and_its_clip() -> None:
+    # Old value 1, clip 0.5. V = 2, R = 3: clipped to 1.5, max(1, 2.25) / 2, no gradient: it has moved far enough.
+    # V = 2, R = 0: max(4, 2.25) / 2, free to come back, gradient V - R = 2. V = 1.25, R = 2: inside, 0.5625 / 2.
+    values = torch.tensor([2.0, 2.0, 1.25], requires_grad=True)
+    old, returns = torch.ones(3), torch.tensor([3.0, 0.0, 2.0])
+    loss = value_loss(values, old, returns, 0.5)
+    loss.sum().backward()
+    assert loss.tolist() == [1.125, 2.0, 0.28125]
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.0, 2.0, -0.75]
+    assert value_loss(values, old, returns, None).tolist() == [0.5, 2.0, 0.28125]
