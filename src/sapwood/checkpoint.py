@@ -6,21 +6,28 @@ A checkpoint is written beside its place, synced and then renamed, so that a rea
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from sapwood.errors import StorageError
+from sapwood.models.adapters import write_classifier
 from sapwood.models.forward import causal_lm
-from sapwood.models.load import Policy
+from sapwood.models.load import Policy, is_classifier, scalar_head, set_pad_token
+from sapwood.models.roles import Critic, Models
 
 
-def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
-    """Write checkpoints/step_NNNNNN/policy/ and drop all but the newest `keep`. Returns the policy's folder.
+def save(what: Models | Policy, run_dir: Path, step: int, keep: int) -> Path:
+    """Write checkpoints/step_NNNNNN/ with policy/, and critic/ where there is one; drop all but the newest `keep`.
 
-    Raises StorageError where the disk is full or not writable; earlier checkpoints are untouched.
+    Returns the policy's folder. Raises StorageError where the disk is full or not writable; earlier checkpoints are
+    untouched.
     """
+    policy, critic = (what.policy, what.critic) if isinstance(what, Models) else (what, None)
     root = run_dir / "checkpoints"
     target = root / f"step_{step:06d}"
     scratch = root / f".step_{step:06d}.partial"
@@ -28,6 +35,9 @@ def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "policy").mkdir(parents=True)
         save_policy(policy, scratch / "policy")
+        if critic is not None:
+            (scratch / "critic").mkdir()
+            save_critic(critic, scratch / "critic")
         for path in sorted(scratch.rglob("*")):
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -45,13 +55,46 @@ def save(policy: Policy, run_dir: Path, step: int, keep: int) -> Path:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Adapter or model, and tokenizer, in the formats of PEFT and transformers."""
-    policy.model.save_pretrained(str(folder), safe_serialization=True)
+    """Adapter or model, and tokenizer, in the formats of PEFT and transformers; of a scalar head too."""
+    if policy.has_lora and is_classifier(policy.model):
+        write_classifier(policy.model, policy.adapter, scalar_head(policy.model), folder, policy.public_name)
+        _write_classifier_config(policy, folder)
+    elif policy.has_lora:
+        # The adapters of other roles are theirs to save.
+        policy.model.save_pretrained(str(folder), selected_adapters=[policy.adapter])
+    else:
+        policy.model.save_pretrained(str(folder))
     policy.tokenizer.save_pretrained(str(folder))
     card = folder / "README.md"
     if card.is_file():
         card.unlink()  # PEFT's model card template, all placeholders
     _public(policy, folder)
+
+
+def save_critic(critic: Critic, folder: Path) -> None:
+    """A critic that is an adapter or a model opens as a sequence classifier; one that is a head is that head alone."""
+    if critic.kind == "model":
+        save_policy(critic.policy, folder)
+    elif critic.kind == "adapter":
+        policy = critic.policy
+        write_classifier(policy.model, policy.adapter, critic.head, folder, policy.public_name)
+        _write_classifier_config(policy, folder)
+        _public(policy, folder)
+    else:
+        save_file({"score.weight": next(critic.head.parameters()).detach().cpu()}, folder / "head.safetensors")
+
+
+def _write_classifier_config(policy: Policy, folder: Path) -> None:
+    """A config beside the adapter: one label and a pad token, which the base's own config lacks."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
+
+    config = copy.deepcopy(causal_lm(policy.model).config)
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    config.num_labels, config.problem_type = 1, "regression"
+    set_pad_token(tokenizer, config)
+    config.architectures = [NAMES[config.model_type]]
+    config.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
 
 
 def _public(policy: Policy, folder: Path) -> None:

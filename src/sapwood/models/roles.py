@@ -1,88 +1,178 @@
-"""The roles of a run over one base model: the policy that learns and the reference that it is held to.
+"""The roles of a run: the policy that learns, the critic that judges its states, the reference that it is held to.
 
-The reference is the policy at step 0. Where the policy is an adapter that starts at zero, that is the base with
-adapters off and costs no memory; an adapter with a past is kept as a copy of its own weights; a fully trained model
-needs a frozen copy.
+Roles that share the policy's base are adapters and heads on it, chosen for each forward by `sapwood.models.role`; the
+others are models of their own. The reference is the policy at step 0: the base alone where the policy's adapter starts
+at zero, a frozen adapter with its starting weights where it has a past, a frozen copy of a fully trained model, or
+whatever model is given.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sapwood.models.forward import forward_rows
-from sapwood.models.load import Policy
+from sapwood.errors import ModelError
+from sapwood.models.adapters import POLICY, copy_adapter
+from sapwood.models.critic import Critic, CriticSection, build_critic
+from sapwood.models.forward import Batch, Hidden, mixed_precision, token_scores
+from sapwood.models.load import Policy, is_classifier, scalar_head
+from sapwood.models.role import BASE, role
 from sapwood.ops.batch import Forward, Needs
 from sapwood.types import Row
 
+__all__ = ["Critic", "CriticSection", "Models", "build_critic"]
+
+#: PEFT's name of the frozen adapter with the policy's starting weights.
+REFERENCE = "reference"
+_AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Models:
-    """Policy and reference. `reference` asks for the latter to be kept."""
+    """Every role of a run. needs: what the algorithm will ask for, which decides what is kept.
 
-    def __init__(self, policy: Policy, *, reference: bool = False) -> None:
+    reference: a model of its own in place of the policy at step 0; critic: where values are needed. autocast: "none",
+    "bfloat16" or "float16", the dtype of the passes' products (mixed precision). Raises ModelError for needs that the
+    models can't meet.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        needs: Needs | None = None,
+        reference: Policy | None = None,
+        critic: Critic | None = None,
+        autocast: str = "none",
+    ) -> None:
+        needs = needs or Needs()
+        if needs.values and critic is None:
+            raise ModelError("the algorithm needs values, and there is no critic: build one with build_critic.")
+        if needs.scores != is_classifier(policy.model):
+            raise ModelError(
+                "the algorithm needs scores: load the policy with head='scalar'."
+                if needs.scores
+                else "the policy is a sequence classifier, and the algorithm needs a language model: head='lm'."
+            )
         self.policy = policy
-        self._adapter_start: list[Tensor] | None = None
-        self._frozen_copy: Any = None
-        if not reference or (policy.has_lora and policy.starts_at_base):
-            return
-        if policy.has_lora:
-            self._adapter_start = [p.detach().clone() for p in policy.parameters()]
-        else:
-            self._frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
+        self.critic = critic
+        self.autocast = _AUTOCAST[autocast]
+        self.reference = reference
+        if needs.reference_logprobs and reference is None:
+            self.reference = _at_start(policy)
+        if self.reference is not None:
+            self.reference.model.eval()
 
-    def forward(self, rows: Sequence[Row], *, entropy_grad: bool = False) -> Forward:
-        """The training forward of a micro-batch: log-probabilities and entropies of its scored tokens."""
-        logprobs, entropies = forward_rows(
-            self.policy.model, rows, device=self.policy.device, entropy_grad=entropy_grad
-        )
-        return Forward(logprobs, entropies)
+    def forward(self, rows: Sequence[Row], needs: Needs | None = None) -> Forward:
+        """The training forward of a micro-batch: what `needs` asks for, with gradients."""
+        needs = needs or Needs()
+        passes = _Passes(Batch.of(rows, self.policy.device), self.autocast)
+        empty = torch.zeros(0, device=self.policy.device)
+        logprobs, entropies = empty, None
+        if needs.logprobs:
+            logprobs, entropies = passes.logprobs(self.policy, entropy=needs.entropies, grad=needs.entropy_grad)
+        scores = passes.scalars(self.policy, scalar_head(self.policy.model))[1] if needs.scores else None
+        values = self._values(passes)[0] if needs.values else None
+        return Forward(logprobs, entropies, values, scores)
 
+    def _values(self, passes: _Passes) -> tuple[Tensor, Tensor]:
+        assert self.critic is not None
+        return passes.scalars(self.critic.policy, self.critic.head, detach=self.critic.detach)
+
+    @torch.no_grad()
     def score(self, batches: Sequence[Sequence[Row]], needs: Needs) -> None:
-        """Fill the rows' old and reference log-probabilities, as asked, without gradients and in eval mode.
+        """Fill the rows' old and reference log-probabilities, values and bootstrap, as asked; in eval mode.
 
         The batches should be those of the first update, so that its ratios start at exactly 1.
         """
-        if not (needs.old_logprobs or needs.reference_logprobs):
+        if not (needs.old_logprobs or needs.reference_logprobs or needs.values):
             return
-        training = self.policy.model.training
-        self.policy.model.eval()
-        with torch.no_grad():
-            if needs.old_logprobs:
-                self._fill(self.policy.model, batches, "old_logprobs")
-            if needs.reference_logprobs:
-                with self._reference() as model:
-                    self._fill(model, batches, "reference_logprobs")
-        self.policy.model.train(training)
-
-    def _fill(self, model: Any, batches: Sequence[Sequence[Row]], name: str) -> None:
+        modes = [(model, model.training) for model in self._learners()]
+        self.eval()
         for rows in batches:
-            logprobs, _ = forward_rows(model, rows, device=self.policy.device, entropy=False)
-            parts = logprobs.cpu().split([row.scored for row in rows])
-            for row, part in zip(rows, parts, strict=True):
-                setattr(row, name, part.numpy())
+            passes = _Passes(Batch.of(rows, self.policy.device), self.autocast)
+            if needs.old_logprobs:
+                _fill(rows, "old_logprobs", passes.logprobs(self.policy, entropy=False)[0])
+            if needs.reference_logprobs:
+                if self.reference is None:
+                    raise ModelError("reference log-probabilities are asked for, and these models keep no reference.")
+                _fill(rows, "reference_logprobs", passes.logprobs(self.reference, entropy=False)[0])
+            if needs.values:
+                values, last = self._values(passes)
+                _fill(rows, "values", values)
+                for row, value in zip(rows, last.tolist(), strict=True):
+                    row.bootstrap = value
+        for model, mode in modes:
+            model.train(mode)
 
-    @contextlib.contextmanager
-    def _reference(self) -> Iterator[Any]:
-        model = self.policy.model
-        if self._frozen_copy is not None:
-            yield self._frozen_copy
-        elif self._adapter_start is not None:
-            # The adapter's own weights step aside for its starting ones: no copy of the base is made.
-            learned = [p.detach().clone() for p in self.policy.parameters()]
-            self._set(self._adapter_start)
-            try:
-                yield model
-            finally:
-                self._set(learned)
-        else:
-            with model.disable_adapter():
-                yield model
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by group: policy, head (its scalar head), critic, critic_head. No group is empty."""
+        policy = self.policy
+        groups = {"policy": policy.trunk_parameters()}
+        if is_classifier(policy.model):
+            groups["head"] = [p for p in scalar_head(policy.model).parameters() if p.requires_grad]
+        if self.critic is not None:
+            groups["critic"] = self.critic.trunk_parameters()
+            groups["critic_head"] = list(self.critic.head.parameters())
+        return {name: parameters for name, parameters in groups.items() if parameters}
 
-    def _set(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.policy.parameters(), values, strict=True):
-            parameter.data.copy_(value)
+    def train(self) -> None:
+        """Dropout on, for what learns."""
+        for model in self._learners():
+            model.train()
+
+    def eval(self) -> None:
+        """Dropout off."""
+        for model in self._learners():
+            model.eval()
+
+    def _learners(self) -> list[nn.Module]:
+        models = [self.policy.model]
+        if self.critic is not None and self.critic.policy.model is not self.policy.model:
+            models.append(self.critic.policy.model)
+        return models
+
+
+@dataclass
+class _Passes:
+    """Forwards over one batch; a trunk runs once for each adapter of each model, whatever is read from it."""
+
+    batch: Batch
+    autocast: torch.dtype | None
+    _hidden: dict[tuple[int, str | None], Hidden] = field(default_factory=dict)
+
+    def hidden(self, policy: Policy) -> Hidden:
+        """The trunk's last hidden states in this policy's role."""
+        key = (id(policy.model), policy.role)
+        if key not in self._hidden:
+            with role(policy.role), mixed_precision(policy.device, self.autocast):
+                self._hidden[key] = Hidden.of(policy.model, self.batch)
+        return self._hidden[key]
+
+    def logprobs(self, policy: Policy, *, entropy: bool, grad: bool = False) -> tuple[Tensor, Tensor | None]:
+        hidden = self.hidden(policy)
+        with role(policy.role), mixed_precision(policy.device, self.autocast):
+            return token_scores(policy.model, hidden, entropy=entropy, entropy_grad=grad)
+
+    def scalars(self, policy: Policy, head: nn.Module, *, detach: bool = False) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(policy)
+        return (hidden.detach() if detach else hidden).scalars(head)
+
+
+def _fill(rows: Sequence[Row], name: str, packed: Tensor) -> None:
+    parts = packed.float().cpu().split([row.scored for row in rows])
+    for row, part in zip(rows, parts, strict=True):
+        setattr(row, name, np.asarray(part.numpy()))
+
+
+def _at_start(policy: Policy) -> Policy:
+    """The policy as it is at this moment, kept as cheaply as it allows."""
+    if not policy.has_lora:
+        return replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+    if policy.starts_at_base:
+        return policy.view(BASE)
+    copy_adapter(policy.model, POLICY, REFERENCE)
+    return policy.view(REFERENCE)
