@@ -1,14 +1,13 @@
 import io
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from sapwood import evaluate
+from sapwood import evaluate, opening
 from sapwood.chat import Chat
 from sapwood.config import ModelSection
 from sapwood.engines import Request, Sampling
@@ -23,8 +22,6 @@ from sapwood.evaluate import (
     heading,
     mean_interval,
     paired_difference,
-    run_eval,
-    run_generate,
     run_rollout,
     summarise,
 )
@@ -158,7 +155,7 @@ def recipe(monkeypatch):
 
     asked = []
 
-    def load_policy(section, **_):
+    def load_policy(section, *_, **__):
         asked.append(section)
         return SimpleNamespace(tokenizer=TOK, max_context=4096)
 
@@ -172,19 +169,6 @@ def recipe(monkeypatch):
         run=SimpleNamespace(seed=0),
         asked=asked,
     )
-
-
-def test_run_eval_compares_base_and_trained(recipe):
-    table = run_eval(recipe, Path("runs/x/adapter"))
-    assert [result.name for result in table.results] == ["one by one", "first only", "base", "trained"]
-    assert table.difference is not None
-    assert table.difference.mean == 0.0  # the script says the same for both
-    base, trained = recipe.asked
-    assert (base.init_from, base.lora) == (None, None)
-    assert trained.init_from == Path("runs/x/adapter")
-    recipe.eval.baselines = False
-    assert [result.name for result in run_eval(recipe, count=3).results] == ["base"]
-    assert len(run_eval(recipe, count=3).results[0].returns) == 3
 
 
 def test_run_rollout_writes_every_episode(recipe, tmp_path, monkeypatch):
@@ -224,30 +208,6 @@ def test_a_failed_rollout_leaves_the_old_file(recipe, tmp_path, monkeypatch):
     assert out.read_text() == "before"
 
 
-def test_run_generate_replies_in_order(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", 2)
-    said = []
-
-    def echo(prompt, request):
-        said.append(request.seed)
-        return prompt.rsplit("user\n", 1)[1].split("<|im_end|>")[0].upper()
-
-    monkeypatch.setattr(evaluate, "_make_engine", lambda name, policy, options: ScriptedEngine(TOK, echo))
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"q": q}) + "\n" for q in "abc"))
-    out = tmp_path / "out.jsonl"
-    told = run_generate("smollm2-135m", input_path=source, out_path=out, prompt_field="q")
-    assert [(record["prompt"], record["reply"]) for record in told] == [("a", "A"), ("b", "B"), ("c", "C")]
-    assert [json.loads(line) for line in out.read_text().splitlines()] == told
-    assert len(set(said)) == 3
-    [record] = run_generate("smollm2-135m", ["x"])
-    assert record == {"prompt": "x", "reply": "X", "stop_reason": "eos", "tokens": 2}
-    assert recipe.asked[-1].lora is None
-    for bad in ({}, {"prompts": ["x"], "input_path": source}):
-        with pytest.raises(ConfigError, match="either prompts or an input file"):
-            run_generate("smollm2-135m", **bad)
-
-
 def test_every_kind_of_engine_can_be_made(monkeypatch):
     class Bare(ScriptedEngine):
         """An engine without options."""
@@ -255,9 +215,9 @@ def test_every_kind_of_engine_can_be_made(monkeypatch):
         def __init__(self, policy, tokenizer):
             super().__init__(tokenizer, [policy.motto])
 
-    monkeypatch.setattr(evaluate.plugins, "load", lambda kind, name: Bare)
+    monkeypatch.setattr(opening.plugins, "load", lambda kind, name: Bare)
     policy = SimpleNamespace(tokenizer=TOK, motto="on", max_context=64)
-    engine = evaluate.build_engine(Recipe(engine={"name": "x:Bare"}), policy)  # type: ignore[arg-type]
+    engine = opening.build_engine(Recipe(engine={"name": "x:Bare"}), policy)  # type: ignore[arg-type]
     assert isinstance(engine, Bare)
 
 
@@ -265,7 +225,7 @@ def test_the_local_engine_takes_a_recipes_options():
     model = tiny_model("llama")
     policy = SimpleNamespace(model=model, tokenizer=TOK, max_context=64)
     recipe = SimpleNamespace(engine={"name": "local"}, engine_options=lambda: {"max_batch": 2})
-    engine = evaluate.build_engine(recipe, policy)  # type: ignore[arg-type]
+    engine = opening.build_engine(recipe, policy)  # type: ignore[arg-type]
     assert engine.options.max_batch == 2  # type: ignore[attr-defined]
     # 61 tokens are fewer than the tokenizer has, so the prompt is made of ids
     request = Request(0, np.arange(8), Sampling(max_new_tokens=3, ignore_eos=True), 0, "e")
@@ -276,7 +236,7 @@ def test_a_template_file_takes_the_place_of_the_tokenizers(tmp_path):
     file = tmp_path / "t.jinja"
     file.write_text(LLAMA)
     policy = SimpleNamespace(tokenizer=tokenizer(CHATML, "<|eot_id|>"))
-    built = evaluate.build_chat(policy, ModelSection(chat_template=file))  # type: ignore[arg-type]
+    built = opening.build_chat(policy, ModelSection(chat_template=file))  # type: ignore[arg-type]
     assert list(built.end_token_ids) == [TOK.convert_tokens_to_ids("<|eot_id|>")]
     with pytest.raises(DataError, match=r"model.chat_template: .*none.jinja can't be read"):
-        evaluate.build_chat(policy, ModelSection(chat_template=tmp_path / "none.jinja"))  # type: ignore[arg-type]
+        opening.build_chat(policy, ModelSection(chat_template=tmp_path / "none.jinja"))  # type: ignore[arg-type]

@@ -9,38 +9,30 @@ policies are compared by the mean of their differences task by task, which remov
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
+from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.table import Table
 from scipy.special import stdtrit
 
-from sapwood import plugins
 from sapwood.chat import Chat
-from sapwood.config import ModelSection, Recipe
+from sapwood.config import Recipe
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily, Split
-from sapwood.envs.prompts import Prompts
-from sapwood.errors import ConfigError, DataError
+from sapwood.errors import ConfigError
+from sapwood.generate import JsonLines, Progress
 from sapwood.metrics import Metric
+from sapwood.opening import build_chat, build_engine, load_policy
 from sapwood.rewards import Reward
 from sapwood.rollout import collect, records
-from sapwood.run import writing
 from sapwood.types import Group, Ids, Task, Trajectory, Turn
-
-if TYPE_CHECKING:
-    from sapwood.models.load import Policy
-
-#: progress(what is under way, done, total)
-Progress = Callable[[str, int, int], None]
 
 #: Names of a step's unshaped reward in its info, the first that is there counts.
 PHYSICAL = ("physical_reward", "env_reward")
@@ -121,22 +113,30 @@ def paired_difference(ours: EvalResult, theirs: EvalResult) -> Interval:
 
 @dataclass(frozen=True)
 class EvalTable:
-    """Results beside each other. heading: the world they were had in; compare: (ours, theirs) names of results."""
+    """Results beside each other. heading: the world they were had in; compare: (ours, theirs) names of results.
+
+    others: further pairs to compare, with the same meaning.
+    """
 
     heading: str
     results: tuple[EvalResult, ...]
     compare: tuple[str, str] | None = None
+    others: tuple[tuple[str, str], ...] = ()
 
     @property
     def difference(self) -> Interval | None:
         """The paired difference of the two results to compare."""
-        if self.compare is None:
-            return None
-        named = {result.name: result for result in self.results}
-        return paired_difference(*(named[name] for name in self.compare))
+        return self.differences[self.compare] if self.compare is not None else None
 
-    def render(self) -> Table:
-        """The table for a terminal."""
+    @property
+    def differences(self) -> dict[tuple[str, str], Interval]:
+        """Paired differences of all pairs to compare, by (ours, theirs)."""
+        named = {result.name: result for result in self.results}
+        pairs = (*((self.compare,) if self.compare else ()), *self.others)
+        return {(ours, theirs): paired_difference(named[ours], named[theirs]) for ours, theirs in pairs}
+
+    def render(self) -> RenderableType:
+        """The table for a terminal; what else was measured of the replies stands in a table below."""
         table = Table(title=self.heading, caption=self._caption(), caption_justify="left", box=SIMPLE, pad_edge=False)
         table.add_column("policy", no_wrap=True)
         for column in ("mean return", "95 % interval", "tasks", "parsed", "tokens"):
@@ -145,59 +145,108 @@ class EvalTable:
             interval = result.interval
             table.add_row(
                 result.name,
-                _number(interval.mean),
-                f"{_number(interval.lo)} .. {_number(interval.hi)}" if interval.n > 1 else "-",
+                number(interval.mean),
+                f"{number(interval.lo)} .. {number(interval.hi)}" if interval.n > 1 else "-",
                 str(interval.n) + (f" ({result.failed} failed)" if result.failed else ""),
                 "-" if result.parsed is None else f"{result.parsed:.1%}",
                 "-" if result.reply_tokens is None else f"{result.reply_tokens:.1f}",
             )
-        return table
+        measured = {result.name: result.metrics for result in self.results if result.metrics}
+        return Stack(table, _metric_rows(measured, {})) if measured else table
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
-        difference = self.difference
+        told = [_difference_json(pair, interval) for pair, interval in self.differences.items()]
         return {
             "heading": self.heading,
             "results": [result.to_json() for result in self.results],
-            "difference": difference
-            and {
-                "of": list(self.compare or ()),
-                "mean": _finite(difference.mean),
-                "lo": _finite(difference.lo),
-                "hi": _finite(difference.hi),
-                "tasks": difference.n,
-            },
+            "difference": told[0] if self.compare else None,
+            "differences": told,
         }
 
     def _caption(self) -> str | None:
-        difference = self.difference
-        if difference is None or self.compare is None:
-            return None
-        interval = f" ({_number(difference.lo)} .. {_number(difference.hi)})" if difference.n > 1 else ""
-        ours, theirs = self.compare
-        return f"{ours} - {theirs}, task by task: {difference.mean:+.3f}{interval} over {difference.n} tasks"
+        lines = [
+            f"{ours} - {theirs}, task by task: {difference(interval)} over {interval.n} tasks"
+            for (ours, theirs), interval in self.differences.items()
+        ]
+        return "\n".join(lines) or None
 
 
 @dataclass(frozen=True)
 class MetricTable:
-    """Held-out metrics of data, before and after. results: metrics by name of the model."""
+    """Held-out metrics of data. results: metrics by name of the model, over all records.
+
+    by_record: name of the model -> record -> that record's share of what is a mean over records; with `against`, the
+    others are compared with that model, record by record.
+    """
 
     heading: str
     results: Mapping[str, Mapping[str, float]]
+    by_record: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    against: str | None = None
 
-    def render(self) -> Table:
+    @property
+    def differences(self) -> dict[tuple[str, str], dict[str, Interval]]:
+        """Paired differences by (ours, theirs), then by metric; of metrics that every record has."""
+        if self.against is None or self.against not in self.by_record:
+            return {}
+        theirs = self.by_record[self.against]
+        found: dict[tuple[str, str], dict[str, Interval]] = {}
+        for name, ours in self.by_record.items():
+            if name == self.against:
+                continue
+            shared = [record for record in ours if record in theirs]
+            metrics = [key for key in (ours[shared[0]] if shared else {}) if key in self.results[name]]
+            found[name, self.against] = {
+                key: mean_interval([ours[r][key] - theirs[r][key] for r in shared])
+                for key in metrics
+                if all(key in ours[r] and key in theirs[r] for r in shared)
+            }
+        return found
+
+    def render(self) -> RenderableType:
         """The table for a terminal."""
-        table = Table(title=self.heading, box=SIMPLE, pad_edge=False)
-        table.add_column("metric", no_wrap=True)
-        for name in self.results:
-            table.add_column(name, justify="right", no_wrap=True)
-        for metric in dict.fromkeys(key for values in self.results.values() for key in values):
-            table.add_row(metric, *(_number(values.get(metric, math.nan)) for values in self.results.values()))
+        table = _metric_rows(self.results, self.differences)
+        table.title = self.heading
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
-        return {"held_out": {"heading": self.heading, "metrics": {k: dict(v) for k, v in self.results.items()}}}
+        told: dict[str, Any] = {
+            "heading": self.heading,
+            "metrics": {name: {k: _finite(v) for k, v in values.items()} for name, values in self.results.items()},
+        }
+        if self.differences:
+            told["differences"] = [
+                {"metric": metric, **_difference_json(pair, interval)}
+                for pair, metrics in self.differences.items()
+                for metric, interval in metrics.items()
+            ]
+        return {"held_out": told}
+
+
+def _metric_rows(
+    results: Mapping[str, Mapping[str, float]], differences: Mapping[tuple[str, str], Mapping[str, Interval]]
+) -> Table:
+    """A row a metric, a column a model, and a column a paired difference."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    for column in (*results, *(f"{ours} - {theirs}" for ours, theirs in differences)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for metric in dict.fromkeys(key for values in results.values() for key in values):
+        told = [difference(found[metric]) if metric in found else "" for found in differences.values()]
+        table.add_row(metric, *(number(values.get(metric, math.nan)) for values in results.values()), *told)
+    return table
+
+
+def _difference_json(pair: tuple[str, str], interval: Interval) -> dict[str, Any]:
+    return {
+        "of": list(pair),
+        "mean": _finite(interval.mean),
+        "lo": _finite(interval.lo),
+        "hi": _finite(interval.hi),
+        "tasks": interval.n,
+    }
 
 
 def evaluate_policy(
@@ -264,7 +313,9 @@ def _part_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     names = sorted({name for t in valid for name in t.reward_parts})
     if len(names) < 2:
         return {}
-    return {f"reward/{name}": _share(t.reward_parts[name] for t in valid if name in t.reward_parts) or 0.0 for name in names}
+    return {
+        f"reward/{name}": _share(t.reward_parts[name] for t in valid if name in t.reward_parts) or 0.0 for name in names
+    }
 
 
 def evaluate_baselines(
@@ -294,45 +345,6 @@ def heading(family: EnvFamily, tasks: Sequence[Task], sampling: Sampling) -> str
     return f"{world}: {len(tasks)} held-out tasks, {how}, at most {sampling.max_new_tokens} tokens a reply"
 
 
-def run_eval(
-    recipe: Recipe, adapter: Path | None = None, count: int | None = None, progress: Progress | None = None
-) -> EvalTable:
-    """Evaluate a recipe's base model, its trained adapter if there is one, and the world's baselines.
-
-    adapter: an adapter or checkpoint, `model.init_from` of the recipe if None; count: held-out tasks, `eval.tasks` if
-    None. All play the same tasks with the same seeds.
-    """
-    family = recipe.build_env()
-    tasks = family.tasks("eval", recipe.eval.task_count if count is None else count, recipe.run.seed)
-    rewards, metrics = recipe.build_rewards(), recipe.build_metrics()
-    sampling = recipe.sampling().model_copy(update={"temperature": recipe.eval.temperature})
-    results = list(evaluate_baselines(family, tasks, progress).values()) if recipe.eval.baselines else []
-    trained = adapter or recipe.model.init_from
-    variants = {"base": recipe.model.model_copy(update={"init_from": None, "lora": None})}
-    if trained is not None:
-        variants["trained"] = recipe.model.model_copy(update={"init_from": trained})
-    for name, section in variants.items():
-        policy = _load_policy(section)
-        engine, chat = build_engine(recipe, policy), build_chat(policy, recipe.model)
-        results.append(
-            evaluate_policy(
-                family,
-                tasks,
-                engine,
-                chat,
-                sampling,
-                recipe.run.seed,
-                policy.max_context,
-                rewards=rewards,
-                metrics=metrics,
-                name=name,
-                progress=progress,
-            )
-        )
-    compare = ("trained", "base") if trained is not None else None
-    return EvalTable(heading(family, tasks, sampling), tuple(results), compare)
-
-
 def run_rollout(
     recipe: Recipe, split: Split, count: int, out: Path | None = None, progress: Progress | None = None
 ) -> EvalResult:
@@ -343,11 +355,11 @@ def run_rollout(
     """
     family, rewards, sampling = recipe.build_env(), recipe.build_rewards(), recipe.sampling()
     tasks = family.tasks(split, count, recipe.run.seed)
-    policy = _load_policy(recipe.model)
+    policy = load_policy(recipe.model)
     engine, chat = build_engine(recipe, policy), build_chat(policy, recipe.model)
     members = int(recipe.algorithm.get("group_size", 1))
     played: list[Group] = []
-    with _JsonLines(out) as lines:
+    with JsonLines(out) as lines:
         for first in range(0, max(len(tasks), 1), CHUNK):
             before = first * members
             groups = collect(
@@ -367,126 +379,6 @@ def run_rollout(
                 lines.write({**record, "group": record["group"] + first})
             played += groups
     return summarise(split, played)
-
-
-def run_generate(
-    model: str | ModelSection,
-    prompts: Sequence[str] = (),
-    input_path: Path | None = None,
-    out_path: Path | None = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    *,
-    prompt_field: str = "prompt",
-) -> list[dict[str, Any]]:
-    """Reply to prompts, or to those of a JSONL file, once each and in order.
-
-    Returns records of prompt, reply, stop_reason and tokens, and writes them to out_path if given. Raises ConfigError
-    unless there is exactly one source of prompts.
-    """
-    if bool(prompts) == (input_path is not None):
-        raise ConfigError("give either prompts or an input file with a prompt on every line.")
-    items = tuple({prompt_field: prompt} for prompt in prompts)
-    family = Prompts(path=input_path, items=items, prompt_field=prompt_field)
-    tasks = family.ordered()
-    section = ModelSection(name=model, lora=None) if isinstance(model, str) else model
-    policy = _load_policy(section)
-    engine = _make_engine("local", policy, {})
-    chat = build_chat(policy, section)
-    told = []
-    with _JsonLines(out_path) as lines:
-        for first in range(0, len(tasks), CHUNK):
-            groups = collect(
-                family,
-                tasks[first : first + CHUNK],
-                1,
-                engine,
-                chat,
-                sampling or Sampling(),  # pyright: ignore[reportCallIssue]  (pydantic's positional defaults)
-                seed,
-                max_context=policy.max_context,
-                first_task=first,
-                progress=progress and _shifted(progress, "replies", first, len(tasks)),
-            )
-            for group in groups:
-                [turn] = group.trajectories[0].turns
-                record = {
-                    "prompt": group.task.prompt[-1].content,
-                    "reply": turn.text,
-                    "stop_reason": str(turn.stop_reason),
-                    "tokens": turn.token_ids.size,
-                }
-                lines.write(record)
-                told.append(record)
-    return told
-
-
-def build_engine(recipe: Recipe, policy: Policy) -> Engine:
-    """The recipe's engine on a loaded policy."""
-    if recipe.engine is None:
-        raise ConfigError("engine is missing: this recipe samples nothing, since it learns from data and has no env.")
-    return _make_engine(recipe.engine["name"], policy, recipe.engine_options())
-
-
-def build_chat(policy: Policy, section: ModelSection) -> Chat:
-    """The policy's chat, with the section's template file if it names one. Raises DataError if it can't be read."""
-    if section.chat_template is None:
-        return Chat(policy.tokenizer)
-    try:
-        return Chat(policy.tokenizer, section.chat_template.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template: {section.chat_template} can't be read: {error}.") from error
-
-
-def _load_policy(section: Any) -> Policy:
-    from sapwood.models.load import load_policy  # torch and transformers load only once they are needed
-
-    return load_policy(section)
-
-
-def _make_engine(name: str, policy: Policy, options: Mapping[str, Any]) -> Engine:
-    """An engine is made of the policy, its tokenizer and, if its class or module has `OPTIONS`, those options."""
-    cls = plugins.load("engine", name)
-    model = getattr(cls, "OPTIONS", None) or getattr(sys.modules[cls.__module__], "OPTIONS", None)
-    if model is None:
-        return cls(policy, policy.tokenizer)
-    return cls(policy, policy.tokenizer, options=model.model_validate(dict(options)))
-
-
-class _JsonLines:
-    """A JSONL file that is written aside and appears when whole; without a path, nothing is written."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file = None
-
-    def __enter__(self) -> _JsonLines:
-        if self._path is not None:
-            with writing(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._aside.open("w", encoding="utf-8")
-        return self
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        if self._file is not None and self._path is not None:
-            with writing(self._path):
-                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                self._file.flush()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._file is None or self._path is None:
-            return
-        with writing(self._path):
-            self._file.close()
-            if kind is None:
-                os.replace(self._aside, self._path)
-            # After a failure what was played stays readable in the file aside.
-
-    @property
-    def _aside(self) -> Path:
-        assert self._path is not None
-        return self._path.with_name(self._path.name + ".part")
 
 
 def _shifted(progress: Progress, name: str, before: int, total: int) -> Callable[[int, int], None]:
@@ -519,5 +411,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+def number(value: float) -> str:
+    """Three decimals, more significant ones where they are all zeros; a dash for what is not finite."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def difference(interval: Interval) -> str:
+    """A difference with its interval, in words."""
+    told = f"{interval.mean:+.3f}"
+    return f"{told} ({number(interval.lo)} .. {number(interval.hi)})" if interval.n > 1 else told

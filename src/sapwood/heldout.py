@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from sapwood.algorithms import Algorithm, RowBatch, Totals
+from sapwood.algorithms import Algorithm, Forward, RowBatch, Totals
 from sapwood.chat import Chat
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily
@@ -73,15 +74,25 @@ class HeldOutTasks:
 
 @dataclass
 class HeldOutRecords:
-    """Records that no training ever sees; measured by the algorithm's own loss and metrics."""
+    """Records that no training ever sees; measured by the algorithm's own loss and metrics.
+
+    by_record: with `each`, what the last `measure` found of every record by itself, by the task's id.
+    """
 
     algorithm: Algorithm
     models: Models
     groups: Sequence[Group]
     heading: str
+    each: bool = False
+    by_record: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def measure(self, pack: Callable[[Sequence[Row]], list[list[Row]]]) -> dict[str, float]:
-        """Loss and metrics over all records at once, without gradient; {} where nothing was held out."""
+    def measure(
+        self, pack: Callable[[Sequence[Row]], list[list[Row]]], progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Loss and metrics over all records at once, without gradient; {} where nothing was held out.
+
+        progress(done, total) counts micro-batches.
+        """
         if not self.groups:
             return {}
         rows = to_rows(self.groups, 1.0)
@@ -92,11 +103,42 @@ class HeldOutRecords:
         totals = Totals.of(kept)
         sums: dict[str, float] = {}
         with torch.no_grad():
-            for micro in pack(kept):
+            batches = pack(kept)
+            for done, micro in enumerate(batches, 1):
                 forward = self.models.forward(micro, self.algorithm.needs)
                 output = self.algorithm.loss(forward, RowBatch.of(micro, self.models.policy.device), totals)
                 for name, value in output.metrics.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
+                if self.each:
+                    self._measure_each(forward, micro)
+                if progress is not None:
+                    progress(done, len(batches))
         found = {**metrics, **sums}
         found |= self.algorithm.derived(found)
         return {name: value for name, value in found.items() if not name.startswith("_") and math.isfinite(value)}
+
+    def _measure_each(self, forward: Forward, micro: Sequence[Row]) -> None:
+        """The metrics of every group of a micro-batch by itself."""
+        for group in sorted({row.group for row in micro}):
+            chosen = [i for i, row in enumerate(micro) if row.group == group]
+            rows = [micro[i] for i in chosen]
+            batch = RowBatch.of(rows, self.models.policy.device)
+            output = self.algorithm.loss(_part(forward, micro, chosen), batch, Totals.of(rows))
+            told = {name: float(value) for name, value in output.metrics.items() if not name.startswith("_")}
+            self.by_record[self.groups[group].task.id] = told
+
+
+def _part(forward: Forward, rows: Sequence[Row], chosen: Sequence[int]) -> Forward:
+    """The forward of some of its rows."""
+    sizes = [row.scored for row in rows]
+
+    def tokens(values: Tensor | None) -> Tensor | None:
+        if values is None or not values.numel():
+            return values
+        parts = values.split(sizes)
+        return torch.cat([parts[i] for i in chosen])
+
+    logprobs = tokens(forward.logprobs)
+    assert logprobs is not None
+    scores = None if forward.scores is None else forward.scores[list(chosen)]
+    return Forward(logprobs, tokens(forward.entropies), tokens(forward.values), scores)

@@ -44,7 +44,7 @@ class _Section(BaseModel):
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
         # YAML reads `yes` and `on` as true, and pydantic reads true as 1: a typo would become a setting.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not StrictBool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError(f"{info.field_name} is {value}; it can't be a truth value")
         return value
 
