@@ -57,7 +57,7 @@ _NEEDS: dict[Shape, tuple[str, ...]] = {
     "transcript_pair": ("chosen", "rejected"),
     "label": ("output", "label"),
 }
-_PICTURES = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -71,11 +71,15 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which field is which part, for records with the same fields. rest: the fields that become metadata."""
+    """Which field is which part, for records with the same fields.
+
+    rest: the fields that become metadata; media: those that may hold pictures or sound.
+    """
 
     parts: Mapping[str, str]
     rest: tuple[str, ...]
     shape: Shape
+    media: tuple[str, ...]
 
 
 class Normaliser:
@@ -100,12 +104,11 @@ class Normaliser:
         plan = self._plans.get(present)
         if plan is None:
             plan = self._plans.setdefault(present, self._plan(present))
-        for name in _PICTURES:
-            if name in fields and fields[name] and not isinstance(fields[name], str):
+        for name in plan.media:
+            if fields[name] and not isinstance(fields[name], str):
                 raise BadRecord(f"the field {name!r} holds media, and Sapwood trains on text; leave the record out")
-        record = _READERS[plan.shape](_Fields(fields, plan.parts))
-        if plan.rest:
-            record = replace(record, metadata={name: fields[name] for name in plan.rest})
+        rest = {name: fields[name] for name in plan.rest}
+        record = _READERS[plan.shape](_Fields(fields, plan.parts, rest))
         self.shapes[plan.shape] += 1
         return adapt(record, self._learns_from)
 
@@ -132,7 +135,8 @@ class Normaliser:
         taken = {name for part, name in parts.items() if part in used}
         if "answer" in parts and parts["answer"] in taken and "answer" not in self._mapping:
             del parts["answer"]
-        return Plan(parts, tuple(name for name in present if name not in taken), shape)
+        rest = tuple(name for name in present if name not in taken)
+        return Plan(parts, rest, shape, tuple(name for name in present if name in _MEDIA))
 
     def _shape(self, parts: Mapping[str, str], present: tuple[str, ...]) -> Shape:
         asked = self._source.shape
@@ -173,10 +177,13 @@ def _fields(present: Sequence[str], wanted: str | None = None) -> str:
 # ---- parts of a record ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Fields:
+    """An entry's values, read by part. rest: what becomes metadata."""
+
     values: Mapping[str, Any]
     parts: Mapping[str, str]
+    rest: Mapping[str, Any]
 
     def name(self, part: str) -> str:
         return self.parts[part]
@@ -364,11 +371,11 @@ def _reply(fields: _Fields, part: str) -> Messages:
 
 
 def _read_prompt(fields: _Fields) -> Record:
-    return Record(_prompt(fields), answer=_answer(fields))
+    return Record(_prompt(fields), answer=_answer(fields), metadata=fields.rest)
 
 
 def _read_reply(fields: _Fields) -> Record:
-    return Record(_prompt(fields), (_reply(fields, "output"),), answer=_answer(fields))
+    return Record(_prompt(fields), (_reply(fields, "output"),), (), _answer(fields), fields.rest)
 
 
 def _answer(fields: _Fields) -> Any:
@@ -402,7 +409,7 @@ def _read_conversation(fields: _Fields) -> Record:
         raise BadRecord(f"{where}: no user's message comes before the assistant's first")
     last = max((i + 1 for i, message in enumerate(found) if message.role == "assistant"), default=first)
     replies = (found[first:last],) if last > first else ()
-    return Record(found[:first], replies, answer=_answer(fields))
+    return Record(found[:first], replies, (), _answer(fields), fields.rest)
 
 
 def _read_pair(fields: _Fields) -> Record:
@@ -470,7 +477,7 @@ def _pair(opening: Messages, replies: tuple[Messages, Messages], fields: _Fields
         rewards = (number(fields.get("margin"), f"field {fields.name('margin')!r}"), 0.0)
     else:
         rewards = (0.0, 0.0)
-    return Record(opening, replies, rewards)
+    return Record(opening, replies, rewards, metadata=fields.rest)
 
 
 _READERS = {

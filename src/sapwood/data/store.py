@@ -79,30 +79,30 @@ class Store:
         self._inputs = inputs
         self.report = SourceReport(path=path, bad_file=folder / "bad.jsonl", **facts)
         self._file = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
-        # Zero-copy views of the map: a few hundred bytes a batch.
-        self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
+        # Zero-copy views of the map, a column at a time: a few kilobytes a batch.
+        self._batches = [self._file.get_batch(i).columns for i in range(self._file.num_record_batches)]
+        self._starts = np.cumsum([0, *(len(columns[0]) for columns in self._batches)]).tolist()
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        batch, row = self._at(index)
-        prompt, replies, rewards, answer = json.loads(batch.column(0)[row].as_py())
-        metadata = batch.column(1)[row].as_py()
+        columns, row = self._at(index)
+        prompt, replies, rewards, answer = json.loads(columns[0][row].as_py())
+        metadata = columns[1][row].as_py()
         return Record(
             prompt=_messages(prompt),
             replies=tuple([_messages(reply) for reply in replies]),
             rewards=tuple(rewards),
             answer=answer,
             metadata=json.loads(metadata) if metadata else {},
-            source=self.where(index),
+            source=self._inputs[columns[4][row].as_py()].where(columns[5][row].as_py()),
         )
 
     def where(self, index: int) -> str:
         """File and line (or row) of a record."""
-        batch, row = self._at(index)
-        return self._inputs[batch.column(4)[row].as_py()].where(batch.column(5)[row].as_py())
+        columns, row = self._at(index)
+        return self._inputs[columns[4][row].as_py()].where(columns[5][row].as_py())
 
     def prompts(self) -> NDArray[np.uint64]:
         """[N] hashes of the prompts."""
@@ -112,14 +112,14 @@ class Store:
         """[N] hashes of whole records, metadata aside."""
         return self._column(3)
 
-    def _at(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _at(self, index: int) -> tuple[list[Any], int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         return self._batches[number], index - self._starts[number]
 
     def _column(self, column: int) -> NDArray[np.uint64]:
-        parts = [batch.column(column).to_numpy() for batch in self._batches]
+        parts = [columns[column].to_numpy() for columns in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
 
