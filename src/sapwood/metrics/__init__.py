@@ -1,6 +1,7 @@
 """The contract of an evaluation metric: numbers about held-out groups, beside the reward.
 
-A metric is one file here that sets `PLUGIN`, or "file.py:Name" of anyone's, and is named under `eval.metrics`.
+A metric is one file here that sets `PLUGIN`, or "file.py:Name" of anyone's (a class or a plain function), and is named
+under `eval.metrics`.
 """
 
 from __future__ import annotations
@@ -30,3 +31,9 @@ class Metric(BaseModel, ABC):
     @abstractmethod
     def compute(self, groups: Sequence[Group]) -> dict[str, float]:
         """Named numbers about played (and rewarded) groups. Failed trajectories have an `error`."""
+
+
+def finished(groups: Sequence[Group]) -> list[Group]:
+    """The groups without their failed trajectories, and without those that have no other."""
+    kept = [Group(group.task, [t for t in group.trajectories if t.error is None]) for group in groups]
+    return [group for group in kept if group.trajectories]

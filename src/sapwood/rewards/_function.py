@@ -28,7 +28,11 @@ OFFERED: Mapping[str, Callable[[int, Trajectory], Any]] = {
     "tasks": lambda g, t: t.task,
     "groups": lambda g, t: g,
     "trajectories": lambda g, t: t,
+    "rewards": lambda g, t: t.reward,
+    "parts": lambda g, t: t.reward_parts,
 }
+#: What there is before rewards are known.
+UNSCORED = tuple(name for name in OFFERED if name not in ("rewards", "parts"))
 #: What other libraries call them.
 _SYNONYMS = {
     "prompts": ("prompt", "questions", "inputs", "queries"),
@@ -60,11 +64,11 @@ class FunctionReward(Reward):
 
 @cache
 def reward_class(function: Callable[..., Any]) -> type[FunctionReward]:
-    """The reward class of a function; parameters that aren't in `OFFERED` become the options of the entry.
+    """The reward class of a function; parameters that aren't in `UNSCORED` become the options of the entry.
 
     Raises ConfigError for a signature that can't be called so.
     """
-    given, fields = signature_of("reward", function, tuple(OFFERED), Reward)
+    given, fields = signature_of("reward", function, UNSCORED, Reward)
     model = make_model("reward", function, FunctionReward, fields)
     model.function, model.given = staticmethod(function), given
     return model
