@@ -318,3 +318,289 @@ def test_a_recipe_made_by_hand_refuses_when_it_builds() -> None:
     )
     with pytest.raises(ConfigError, match="unknown key 'itms' in env"):
         recipe.build_env()
+
+
+# ---- soft keys -------------------------------------------------------------------------------------------------
+
+DATA = """\
+run: {dir: runs/x, epochs: 3}
+data: pairs.jsonl
+algorithm: {name: dpo}
+"""
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write(tmp_path / "pairs.yaml", DATA)
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    """Soft in every way: options, whole sections, counts."""
+    text = """\
+run:
+  epochs?: 1
+  steps?: 3
+env:
+  answer_field?: solution
+data?: {max_samples: 5}
+algorithm:
+  group_size?: 2
+  beta?: 0.5
+  epochs?: 4
+engine?: {max_new_tokens: 64}
+rewards?: [exact_match]
+critic?: {kind: head}
+reference?: {precompute: true}
+"""
+    return write(tmp_path / "over.yaml", text)
+
+
+def test_a_soft_key_applies_where_the_recipe_has_it(base: Path, pairs: Path, overlay: Path) -> None:
+    rollouts = load_recipe([base, overlay])
+    assert (rollouts.run.steps, rollouts.run.epochs) == (3, None)
+    assert (rollouts.algorithm["group_size"], rollouts.algorithm["epochs"]) == (2, 4)
+    assert rollouts.env is not None
+    assert rollouts.env["answer_field"] == "solution"
+    assert rollouts.sampling().max_new_tokens == 64
+    assert [item["name"] for item in rollouts.rewards or ()] == ["exact_match"]
+    assert rollouts.data is rollouts.critic is rollouts.reference is None
+
+    data = load_recipe([pairs, overlay])
+    assert (data.run.steps, data.run.epochs) == (None, 1)
+    assert data.algorithm["beta"] == 0.5
+    assert "group_size" not in data.algorithm
+    assert data.algorithm["epochs"] == 1  # an option of every algorithm, but it counts passes over rollouts
+    assert data.data is not None
+    assert data.data.max_samples == 5
+    assert data.env is data.engine is data.rewards is data.critic is None
+    assert data.reference is not None
+    assert data.reference.precompute
+
+
+def test_a_soft_critic_needs_an_algorithm_with_one(base: Path, overlay: Path) -> None:
+    recipe = load_recipe([base, overlay], ["algorithm=ppo", "reference?=null"])
+    assert recipe.critic is not None
+    assert recipe.critic.kind == "head"
+
+
+def test_a_key_without_a_question_mark_is_never_dropped(pairs: Path, tmp_path: Path) -> None:
+    hard = write(tmp_path / "hard.yaml", "algorithm: {group_size: 2}")
+    assert "hard.yaml line 1: unknown key 'group_size' in algorithm" in sentence([pairs, hard])
+    hard = write(tmp_path / "hard.yaml", "engine: {max_new_tokens: 64}")
+    assert "engine has no effect: dpo learns from data" in sentence([pairs, hard])
+
+
+def test_later_keys_win_soft_or_not(base: Path, tmp_path: Path) -> None:
+    soft = write(tmp_path / "soft.yaml", "algorithm:\n  group_size?: 6\n")
+    hard = write(tmp_path / "hard.yaml", "algorithm: {group_size: 3}")
+
+    def size(*files: Path, overrides: tuple[str, ...] = ()) -> int:
+        return load_recipe(list(files), overrides).algorithm["group_size"]
+
+    assert size(base, soft) == 6
+    assert size(base, soft, hard) == 3
+    assert size(base, hard, soft) == 6
+    assert size(base, soft, overrides=("algorithm.group_size=5",)) == 5
+    assert size(base, hard, overrides=("algorithm.group_size?=7",)) == 7
+    assert size(base, soft, overrides=("algorithm=rloo",)) == 6  # a soft key isn't the option of one plugin
+
+
+def test_a_soft_number_is_raised_to_the_least_that_the_option_takes(base: Path) -> None:
+    for algorithm, least in {"grpo": 2, "rloo": 2, "ppo": 1, "reinforce_pp": 1}.items():
+        recipe = load_recipe(base, [f"algorithm={algorithm}", "algorithm.group_size?=1"])
+        assert recipe.algorithm["group_size"] == least, algorithm
+    assert "group_size 1" in sentence(base, ["algorithm.group_size=1"])  # a plain key is taken at its word
+
+
+def test_a_soft_section_of_a_plugin_takes_its_name_first(pairs: Path, base: Path, tmp_path: Path) -> None:
+    soft = write(tmp_path / "soft.yaml", "engine?: {max_batch: 3, name: local}")
+    assert load_recipe([base, soft]).engine_options()["max_batch"] == 3  # base names an engine without it
+    assert load_recipe([pairs, soft]).engine is None
+
+
+SOFT = [
+    ("algorithm:\n  group_sise?: 2\n", "line 2: no algorithm has it: unknown key 'group_sise' in algorithm; did you"),
+    ("env:\n  itms?: 2\n", "line 2: no env has it: unknown key 'itms' in env; did you mean 'items'?"),
+    ("engine:\n  temprature?: 2\n", "line 2: no engine has it: unknown key 'temprature' in engine; did you mean"),
+    ("optim:\n  learning_rate?: 1\n", "line 2: optim.learning_rate? asks whether the recipe can have"),
+    ("modle?: {name: x}\n", "line 1: unknown key 'modle'; did you mean 'model'?"),
+    ("run:\n  steps: 3\n  steps?: 4\n", "line 3: run.steps was already set on line 2; keep one."),
+    ("algorithm: {group_size?: 2}\n", "within braces a soft key wants quotes"),
+    ("algorithm:\n  group_size?: many\n", "line 2: algorithm.group_size is 'many'; it should be a valid integer"),
+    ("engine?:\n  temprature: 2\n", "unknown key 'temprature' in engine; did you mean 'temperature'?"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SOFT)
+def test_a_bad_soft_key_is_refused_by_a_sentence(base: Path, tmp_path: Path, text: str, expected: str) -> None:
+    told = sentence([base, write(tmp_path / "over.yaml", text)])
+    assert told.startswith(f"{tmp_path}/over.yaml line ")
+    assert expected in told
+
+
+def test_quoted_soft_keys_within_braces(base: Path, tmp_path: Path) -> None:
+    overlay = write(tmp_path / "over.yaml", 'algorithm: {"group_size?": 2}')
+    assert load_recipe([base, overlay]).algorithm["group_size"] == 2
+
+
+def test_a_mapping_may_have_soft_keys() -> None:
+    data = yaml.safe_load(BASE) | {"critic?": {"kind": "head"}}
+    data["optim"]["learning_rate"] = 1e-4
+    assert parse_recipe(data).critic is None
+    data["algorithm"] = {"name": "ppo", "group_size?": 3}
+    recipe = parse_recipe(data)
+    assert recipe.critic is not None
+    assert recipe.algorithm["group_size"] == 3
+
+
+# ---- sections that would have no effect ------------------------------------------------------------------------
+
+ROLLOUTS = "env: {name: prompts, items: [{prompt: hi}]}\n"
+RECORDS = "data: x.jsonl\n"
+REFUSED = [
+    (ROLLOUTS + RECORDS + "algorithm: grpo\n", "grpo learns from rollouts, either in env or on the prompts of data"),
+    (ROLLOUTS + "algorithm: dpo\n", "dpo learns from pairs: give data"),
+    (ROLLOUTS + "algorithm: sft\n", "sft learns from demonstrations: give data"),
+    (ROLLOUTS + "algorithm: kto\n", "kto learns from labels: give data"),
+    (ROLLOUTS + "algorithm: grpo\ncritic: {kind: head}\n", "algorithm grpo has no critic; remove the section"),
+    (
+        ROLLOUTS + "algorithm: grpo\nreference: {name: x}\n",
+        "algorithm grpo with these options uses no reference; remove",
+    ),
+    (RECORDS + "algorithm: sft\nreference: {name: x}\n", "algorithm sft with these options uses no reference"),
+    (
+        ROLLOUTS + "algorithm: {name: grpo, kl_coef: 0.1}\nreference: {precompute: true}\n",
+        "reference.precompute is for data, but grpo samples its replies; remove it.",
+    ),
+    (RECORDS + "algorithm: dpo\nrewards: [exact_match]\n", "rewards has no effect: dpo learns from data"),
+    (RECORDS + "algorithm: dpo\nengine: {temperature: 1}\n", "engine has no effect: dpo learns from data"),
+    (RECORDS + "algorithm: dpo\neval: {metrics: [x]}\n", "eval.metrics measure replies in an env; give env"),
+    (RECORDS + "algorithm: grpo\n", "rewards is missing: prompts pay nothing by themselves"),
+    ("algorithm: grpo\n", "env is missing: give env to learn from rollouts in a world, or data"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED)
+def test_a_section_without_effect_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    told = sentence(write(tmp_path / "bad.yaml", "run: {dir: x, steps: 3}\n" + text))
+    assert expected in told
+    assert told.startswith(str(tmp_path))
+    assert told.endswith(".")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: {dir: x}\n" + RECORDS, "run.steps is missing: give run.steps, or run.epochs for passes over the data"),
+        ("run: {dir: x, epochs: 1, steps: 3}\n" + RECORDS, "run.epochs and run.steps are both given; keep one."),
+        ("run: {dir: x, epochs: 1}\n" + ROLLOUTS, "run.epochs counts passes over data, but an env makes its tasks"),
+        ("run: {dir: x, epochs: 0}\n" + RECORDS, "run.epochs is 0; it should be greater than 0"),
+        ("run: {dir: x, steps: 1}\nreference: {}\n" + RECORDS, "reference is empty: give reference.name"),
+        ("run: {dir: x, steps: 1}\ncritic: {kind: head, name: y}\n" + RECORDS, "critic.name has no effect with"),
+        ("run: {dir: x, steps: 1}\ncritic: {detach: true}\n" + RECORDS, "critic.detach has no effect with"),
+        ("run: {dir: x, steps: 1}\ncritic: {kind: head, init_from: y}\n" + RECORDS, "critic.kind: head has no adapter"),
+    ],
+)
+def test_run_reference_and_critic_are_checked(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in sentence(write(tmp_path / "bad.yaml", text + "algorithm: sft\n"))
+
+
+def test_what_a_recipe_for_data_resolves_to(pairs: Path) -> None:
+    recipe = load_recipe(pairs)
+    assert recipe.rewards is recipe.engine is recipe.env is None
+    assert not recipe.plays
+    assert recipe.build_rewards() == []
+    assert recipe.data is not None
+    assert [source.path for source in recipe.data.sources] == ["pairs.jsonl"]
+    with pytest.raises(ConfigError, match="env is missing: this recipe learns from data"):
+        recipe.build_env()
+
+
+def test_prompts_of_data_are_played_for_rewards(tmp_path: Path) -> None:
+    text = (
+        "run: {dir: x, epochs: 1}\ndata: {path: x.jsonl, input: q, output: a}\nalgorithm: ppo\nrewards: [exact_match]\n"
+    )
+    recipe = load_recipe(write(tmp_path / "x.yaml", text))
+    assert recipe.plays
+    assert recipe.engine is not None
+    assert recipe.engine["name"] == "local"
+    assert recipe.data is not None
+    assert recipe.data.sources[0].mapping() == {"input": "q", "output": "a"}
+
+
+def test_data_with_an_env_is_evaluated_by_play(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "x.yaml", "run: {dir: x, steps: 1}\nalgorithm: sft\n" + RECORDS + ROLLOUTS))
+    assert recipe.plays
+    assert recipe.rewards is not None
+    assert [item["name"] for item in recipe.rewards] == ["env"]
+
+
+# ---- options of the optimisation -------------------------------------------------------------------------------
+
+
+def test_every_option_of_the_optimisation_is_taken_up(base: Path) -> None:
+    recipe = load_recipe(
+        base,
+        [
+            "optim.name=adamw_8bit",
+            "optim.schedule=plateau",
+            "optim.plateau_metric=eval/return",
+            "optim.plateau_factor=0.1",
+            "optim.plateau_patience=4",
+            "optim.warmup_steps=3",
+            "optim.max_grad_norm=0.5",
+            "optim.head_learning_rate=1e-3",
+            "optim.critic_learning_rate=1e-5",
+            "optim.batch_size=2",
+            "optim.gradient_accumulation=8",
+            "early_stopping={metric: eval/kl, mode: min, patience: 10, min_delta: 0.01}",
+            "model.autocast=float16",
+            "model.gradient_checkpointing=true",
+            "model.cache_dir=cache",
+            "model.device_map=auto",
+            "model.device=cuda:1",
+            "eval.max_samples=2",
+        ],
+    )
+    optim = recipe.optim
+    assert (optim.name, optim.schedule, optim.plateau_metric) == ("adamw_8bit", "plateau", "eval/return")
+    assert (optim.plateau_factor, optim.plateau_patience, optim.warmup_steps) == (0.1, 4, 3)
+    assert (optim.max_grad_norm, optim.head_learning_rate, optim.critic_learning_rate) == (0.5, 1e-3, 1e-5)
+    assert optim.groups_per_step == 16
+    assert recipe.early_stopping is not None
+    assert recipe.early_stopping.model_dump() == {
+        "metric": "eval/kl",
+        "mode": "min",
+        "patience": 10,
+        "min_delta": 0.01,
+    }
+    model = recipe.model
+    assert (model.autocast, model.gradient_checkpointing, model.cache_dir) == ("float16", True, Path("cache"))
+    assert (model.device_map, model.device) == ("auto", "cuda:1")
+    assert recipe.eval.task_count == 2  # of 16
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "plateau"])
+def test_schedules(base: Path, schedule: str) -> None:
+    assert load_recipe(base, [f"optim.schedule={schedule}"]).optim.schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.name=adam8bit", "did you mean 'adamw_8bit'?"),
+        ("optim.plateau_metric=eval/return", "optim.plateau_metric has no effect with schedule: constant"),
+        ("optim.gradient_accumulation=0", "optim.gradient_accumulation is 0; it should be greater than or equal to 1"),
+        ("early_stopping.patience=0", "early_stopping.patience is 0; it should be greater than or equal to 1"),
+        ("early_stopping.mode=down", "early_stopping.mode is 'down'; it should be 'max', 'min' or 'auto'"),
+        ("model.autocast=fp16", "model.autocast is 'fp16'; it should be 'none', 'bfloat16' or 'float16'"),
+        ("model={dtype: float16, lora: null}", "float16 weights lose small updates; set model.dtype=float32 with"),
+        ("model.device=cuda:x", "it should be 'auto', 'cpu', 'cuda' or one GPU such as 'cuda:1'"),
+        ("eval.max_samples=0", "eval.max_samples is 0; it should be greater than or equal to 1"),
+        ("eval.max_samples=yes", "eval.max_samples is True; it should be a number"),
+    ],
+)
+def test_a_bad_option_of_the_optimisation_is_refused(base: Path, text: str, expected: str) -> None:
+    assert expected in sentence(base, [text])

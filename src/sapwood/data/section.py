@@ -148,7 +148,8 @@ class DataSection(_Section):
                 f"({self.max_length}): lower it"
             )
         for name in ("long_prompt", "long_reply"):
-            if name in self.model_fields_set and not (self.max_length or self.max_prompt_length):
+            # A resolved recipe writes out every default, which says nothing.
+            if getattr(self, name) != "drop" and not (self.max_length or self.max_prompt_length):
                 raise ValueError(f"data.{name} has no effect without data.max_length or data.max_prompt_length")
         return self
 
