@@ -121,7 +121,7 @@ def top_help() -> str:
 
 def _help_of_data() -> str:
     lines = [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items() if name.startswith("data ")]
-    return "\n".join(["usage: sapwood data check|prepare ...", "", "commands:", *lines])
+    return "\n".join(["usage: sapwood data check|prepare|tasks|pairs ...", "", "commands:", *lines])
 
 
 def dump_help() -> str:
@@ -232,6 +232,22 @@ def _data_check_arguments(made: argparse.ArgumentParser) -> None:
         "--field", action="append", default=[], metavar="KEY=VALUE", help="as in data: input=problem, split=train ..."
     )
     made.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _data_tasks_arguments(made: argparse.ArgumentParser) -> None:
+    _recipe_arguments(made)
+    made.add_argument("--count", type=_positive, required=True, metavar="N", help="how many tasks")
+    made.add_argument("--split", choices=("train", "eval"), default="train", help="which tasks (train)")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
+
+
+def _data_pairs_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("rollouts", type=Path, metavar="ROLLOUTS", help="a file of `sapwood rollout`")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
+    made.add_argument("--per-task", type=_positive, default=1, metavar="N", help="at most so many pairs of a task (1)")
+    made.add_argument("--min-gap", type=float, default=0.0, metavar="R", help="rewards must differ by more (0)")
+    made.add_argument("--shuffle", action="store_true", help="draw which is chosen: the twin that teaches nothing")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice among equals (0)")
 
 
 def _data_prepare_arguments(made: argparse.ArgumentParser) -> None:
@@ -481,6 +497,30 @@ def _data_check(arguments: argparse.Namespace) -> int:
     return 0 if report.good else 1
 
 
+def _data_tasks(arguments: argparse.Namespace) -> int:
+    from sapwood.data.tasks import write_tasks
+
+    recipe = _load(arguments)
+    count = write_tasks(recipe.build_env(), arguments.split, arguments.count, recipe.run.seed, arguments.out)
+    print(f"{arguments.out}: {count:,} tasks with their answers")
+    return 0
+
+
+def _data_pairs(arguments: argparse.Namespace) -> int:
+    from sapwood.data.pairs import write_pairs
+
+    counts = write_pairs(
+        arguments.rollouts,
+        arguments.out,
+        per_task=arguments.per_task,
+        min_gap=arguments.min_gap,
+        shuffle=arguments.shuffle,
+        seed=arguments.seed,
+    )
+    print(f"{arguments.out}: {counts.pairs:,} pairs of {counts.tasks:,} tasks ({counts.even:,} without a better reply)")
+    return 0
+
+
 def _data_prepare(arguments: argparse.Namespace) -> int:
     from sapwood.data.prepare import SETS, prepare
 
@@ -539,6 +579,10 @@ COMMANDS = {
     "data check": Command(
         "Say what is in data files: bad records, repeats, lengths.", _data_check_arguments, _data_check
     ),
+    "data tasks": Command(
+        "Write an environment's tasks and answers as demonstrations.", _data_tasks_arguments, _data_tasks
+    ),
+    "data pairs": Command("Turn scored rollouts into preference pairs.", _data_pairs_arguments, _data_pairs),
     "data prepare": Command("Turn public sets into files to learn from.", _data_prepare_arguments, _data_prepare),
     "list": Command("List what a recipe can name.", _list_arguments, _list),
     "doctor": Command("Check what works on this machine, and say how to mend the rest.", _doctor_arguments, _doctor),

@@ -76,3 +76,13 @@ def test_a_missing_file_and_bad_options(tmp_path):
         write_pairs(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(ConfigError):
         write_pairs(tmp_path / "none.jsonl", tmp_path / "out.jsonl", per_task=0)
+
+
+def test_the_shuffled_twin_swaps_about_half(tmp_path):
+    records = [rollout(g, r, f"{r}") for g in range(200) for r in (0.0, 1.0)]
+    _, plain = pairs_of(tmp_path, records)
+    _, twin = pairs_of(tmp_path, records, shuffle=True)
+    assert all(pair["chosen"] == "1.0" for pair in plain)
+    swapped = [pair for pair in twin if pair["chosen"] == "0.0"]
+    assert 70 < len(swapped) < 130  # 100 +- 4 standard deviations of 7
+    assert all(pair["chosen_reward"] < pair["rejected_reward"] for pair in swapped)

@@ -28,11 +28,14 @@ class PairCounts:
     even: int
 
 
-def write_pairs(rollouts: Path, out: Path, *, per_task: int = 1, min_gap: float = 0.0, seed: int = 0) -> PairCounts:
+def write_pairs(
+    rollouts: Path, out: Path, *, per_task: int = 1, min_gap: float = 0.0, shuffle: bool = False, seed: int = 0
+) -> PairCounts:
     """Write {prompt, chosen, rejected, chosen_reward, rejected_reward} lines, at most `per_task` of a group.
 
     The first pair of a group is a reply of the highest reward and one of the lowest, drawn by the seed among equals;
-    further pairs are drawn from all whose rewards differ by more than min_gap. Equal texts are never paired. Raises
+    further pairs are drawn from all whose rewards differ by more than min_gap. Equal texts are never paired. shuffle:
+    which of the two is chosen is a coin's throw, for the twin of an experiment, from which nothing can be learnt. Raises
     DataError for a line that isn't a single-turn rollout, StorageError where `out` can't be written.
     """
     if per_task < 1 or min_gap < 0:
@@ -45,6 +48,8 @@ def write_pairs(rollouts: Path, out: Path, *, per_task: int = 1, min_gap: float 
         with aside.open("w", encoding="utf-8") as file:
             for _, members in groupby(_rollouts(rollouts), key=lambda record: (record["group"], record["task"])):
                 found = _pairs(list(members), per_task, min_gap, rng)
+                if shuffle:
+                    found = [_swapped(pair) if rng.random() < 0.5 else pair for pair in found]
                 tasks, pairs, even = tasks + 1, pairs + len(found), even + (not found)
                 file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
         os.replace(aside, out)
@@ -102,3 +107,9 @@ def _pairs(
         if len(found) == per_task:
             break
     return found
+
+
+def _swapped(pair: dict[str, Any]) -> dict[str, Any]:
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    sides |= {f"{a}_reward": f"{b}_reward" for a, b in sides.items()}
+    return {**pair, **{a: pair[b] for a, b in sides.items()}}
