@@ -37,7 +37,7 @@ def row(prompt: list[int], reply: list[int], *, group: int, desirable: bool = Tr
 def with_point(value: float, **options: Any) -> KTO:
     """KTO with this reference point."""
     algorithm = KTO(**options)
-    algorithm.load_state({"kl": value})
+    algorithm.load_state({"kl": value, "estimated": True})
     return algorithm
 
 
@@ -90,6 +90,11 @@ def test_rows_without_another_prompt_are_left_out() -> None:
     assert KTO(loss_type="apo_zero_unpaired").augment(rows) == []
 
 
+def test_prompts_that_differ_by_token_0_are_two() -> None:
+    rows = [row([1], [10], group=0), row([1, 0], [11], group=1)]
+    assert texts(KTO().augment(rows)) == [([1, 11], 1), ([1, 0, 10], 1)]
+
+
 def test_mismatched_rows_are_no_longer_than_the_longest() -> None:
     rows = [row([1, 2, 3, 4], [10], group=0), row([5], [11, 12, 13], group=1)]
     assert texts(KTO().augment(rows)) == [([1, 2, 3, 4, 11], 1), ([5, 10], 1)]
@@ -130,16 +135,25 @@ def test_the_reference_point_is_the_mean_log_ratio_of_the_mismatched() -> None:
 
 def test_a_batch_of_one_prompt_keeps_the_point_before() -> None:
     rows = [row([1], [10], group=0)]
+    algorithm = with_point(0.5)
+    algorithm.begin(1, 10)
+    assert algorithm.credit([], rows)[1]["kl"] == 0.5
+    # Held-out records before the first step: the policy is the reference.
+    algorithm = KTO()
+    assert algorithm.credit([], rows)[1]["kl"] == 0.0
+    # Trained on one prompt at a time there would never be a point.
+    algorithm.begin(1, 10)
     with pytest.raises(DataError, match="the batch's 1 records have one prompt: raise the batch size"):
-        KTO().credit([], rows)
-    assert with_point(0.5).credit([], rows)[1]["kl"] == 0.5
-    assert KTO(loss_type="apo_zero_unpaired").credit([], rows) == (rows, {})
+        algorithm.credit([], rows)
+    algorithm = KTO(loss_type="apo_zero_unpaired")
+    algorithm.begin(1, 10)
+    assert algorithm.credit([], rows) == (rows, {})
 
 
 def test_state_carries_the_point() -> None:
     other = KTO()
     other.load_state(with_point(0.75).state())
-    assert other.state() == {"kl": 0.75}
+    assert other.state() == {"kl": 0.75, "estimated": True}
 
 
 def test_missing_scores_are_named() -> None:
@@ -148,9 +162,6 @@ def test_missing_scores_are_named() -> None:
         KTO().credit([], [*rows, *KTO().augment(rows)])
     with pytest.raises(ValueError, match="needs reference_logprobs"):
         with_point(0.0).loss(Forward(torch.zeros(2)), RowBatch.of(rows), Totals.of(rows))
-    rows = [row([1], [10], group=0, reference_logprobs=[0.0])]
-    with pytest.raises(ValueError, match="call credit first"):
-        KTO().loss(Forward(torch.zeros(1)), RowBatch.of(rows), Totals.of(rows))
 
 
 # --- loss -----------------------------------------------------------------------------------------------------

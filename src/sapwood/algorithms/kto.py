@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
 from sapwood.algorithms import Algorithm, Forward, LearnsFrom, LossOutput, Needs, RowBatch, Totals
@@ -35,7 +36,10 @@ class KTO(Algorithm):
     desirable_weight: float = Field(default=1.0, ge=0.0, description="weight of desirable replies' losses")
     undesirable_weight: float = Field(default=1.0, ge=0.0, description="weight of undesirable replies' losses")
 
-    _kl: float | None = PrivateAttr(default=None)
+    # The reference point, whether a batch has estimated it, and the step (0 before the first).
+    _kl: float = PrivateAttr(default=0.0)
+    _estimated: bool = PrivateAttr(default=False)
+    _step: int = PrivateAttr(default=0)
 
     @model_validator(mode="after")
     def _some_weight(self) -> KTO:
@@ -48,6 +52,11 @@ class KTO(Algorithm):
         """The reference, and for the KL divergence the policy before the update."""
         return Needs(old_logprobs=self.loss_type == "kto", reference_logprobs=True)
 
+    def begin(self, step: int, steps: int) -> dict[str, float]:
+        """Remember that training has begun."""
+        self._step = step
+        return {}
+
     def augment(self, rows: Sequence[Row]) -> list[Row]:
         """Each row's prompt followed by the reply of another row, whose prompt differs; none for apo_zero_unpaired.
 
@@ -57,20 +66,23 @@ class KTO(Algorithm):
         if self.loss_type != "kto" or len(rows) < 2:
             return []
         firsts = [int(np.flatnonzero(row.loss_mask)[0]) for row in rows]
-        prompts = [row.token_ids[:first].tobytes() for row, first in zip(rows, firsts, strict=True)]
+        texts = [row.token_ids[:first].tobytes() for row, first in zip(rows, firsts, strict=True)]
+        number: dict[bytes, int] = {}
+        prompts = np.array([number.setdefault(text, len(number)) for text in texts])
         partner = _partners(prompts)
         longest = max(row.token_ids.size for row in rows)
         return [
             _mismatched(row, firsts[i], rows[j], firsts[j], longest)
-            for i, (row, j) in enumerate(zip(rows, partner, strict=True))
+            for i, (row, j) in enumerate(zip(rows, partner.tolist(), strict=True))
             if prompts[i] != prompts[j]
         ]
 
     def credit(self, groups: Sequence[Group], rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """The labelled rows; sets the reference point from the mismatched ones.
 
-        A batch without any (a last one of a single prompt) keeps the batch's before. Raises DataError where there is
-        none either, ValueError for rows that are not scored.
+        A batch without any (a last one of a single prompt) keeps that of the batch before; before the first step it
+        is 0, since the policy is the reference. Raises DataError where the first batch trained on has none,
+        ValueError for rows that are not scored.
         """
         labelled = [row for row in rows if row.member != MISMATCHED]
         if self.loss_type != "kto":
@@ -78,7 +90,8 @@ class KTO(Algorithm):
         mismatched = [row for row in rows if row.member == MISMATCHED]
         if mismatched:
             self._kl = max(float(np.mean([_log_ratio(row) for row in mismatched])), 0.0)
-        if self._kl is None:
+            self._estimated = True
+        if self._step and not self._estimated:
             raise DataError(
                 f"KTO compares with replies to other prompts, and the batch's {len(labelled)} records have one prompt: "
                 "raise the batch size or shuffle the data; or set loss_type: apo_zero_unpaired, which compares with 0."
@@ -94,7 +107,7 @@ class KTO(Algorithm):
             raise ValueError("KTO's loss needs reference_logprobs: score the rows first")
         logprobs = row_sum(forward.logprobs, batch.lengths)
         log_ratios = logprobs - row_sum(batch.reference_logprobs, batch.lengths)
-        desirable, point = batch.rewards > 0.0, self._reference_point()
+        desirable, point = batch.rewards > 0.0, self._kl
         weights = desirable.float() * self.desirable_weight + (~desirable).float() * self.undesirable_weight
         per_row = weights * kto_loss(log_ratios, desirable, point, self.beta)
         good, distance = desirable.float(), log_ratios.detach() - point
@@ -130,32 +143,24 @@ class KTO(Algorithm):
 
     def state(self) -> dict[str, Any]:
         """The reference point, for a batch that can't estimate one."""
-        return {"kl": self._kl}
+        return {"kl": self._kl, "estimated": self._estimated}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave."""
-        self._kl = state["kl"]
-
-    def _reference_point(self) -> float:
-        if self.loss_type != "kto":
-            return 0.0
-        if self._kl is None:
-            raise ValueError("KTO's loss needs its reference point: call credit first")
-        return self._kl
+        self._kl, self._estimated = state["kl"], state["estimated"]
 
 
-def _partners(prompts: Sequence[bytes]) -> list[int]:
-    """For each row the one whose reply it gets: a rotation, so that every reply is used once."""
+def _partners(prompts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each row [R] the one whose reply it gets: a rotation, so that every reply is used once. prompts [R]: ids."""
     count = len(prompts)
-    best: tuple[int, list[int]] = (count + 1, [])
+    best, fewest = 1, count + 1
     for shift in range(1, count):
-        partner = [(i - shift) % count for i in range(count)]
-        matched = sum(prompts[i] == prompts[j] for i, j in enumerate(partner))
-        if matched < best[0]:
-            best = matched, partner
+        matched = int((prompts == np.roll(prompts, shift)).sum())
+        if matched < fewest:
+            best, fewest = shift, matched
         if matched == 0:
             break
-    return best[1]
+    return np.roll(np.arange(count), best)
 
 
 def _mismatched(row: Row, first: int, other: Row, other_first: int, longest: int) -> Row:
