@@ -17,6 +17,7 @@ import torch
 from rich.console import Group as Stack
 from rich.console import RenderableType
 
+from sapwood import plugins
 from sapwood.algorithms import Algorithm, Needs
 from sapwood.config import ModelSection, Recipe, parse_recipe
 from sapwood.data.dataset import Dataset, open_data
@@ -144,12 +145,10 @@ def with_metrics(recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> Recipe
 def recipe_for(origin: Origin, data: Path, algorithm: str | None = None) -> Recipe:
     """A recipe that measures a model on a file: by SFT's loss, or a reward model's, unless an algorithm is named."""
     name = algorithm or ("reward" if origin.head == "scalar" else "sft")
+    if plugins.load("algorithm", name).learns_from == "rollouts":
+        raise ConfigError(f"--algorithm {name} learns from rollouts, so it measures no data: choose sft, dpo or reward.")
     run = {"dir": "runs/eval", "steps": 1}  # never made: nothing is trained
     made = parse_recipe({"run": run, "data": str(data), "algorithm": {"name": name}})
-    if made.build_algorithm().learns_from == "rollouts":
-        raise ConfigError(
-            f"--algorithm {name} learns from rollouts, so it measures no data: choose sft, dpo or reward."
-        )
     return made.model_copy(update={"model": origin.section})
 
 
