@@ -75,11 +75,19 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def peer_python() -> Path:
-    """Python of the peers' environment. Raises BenchmarkError if it has not been built."""
-    path = Path(os.environ.get("SAPWOOD_BENCH_PYTHON", REPOSITORY / ".venv-bench" / "bin" / "python"))
+#: The peers' environments: name -> (folder, variable that names another interpreter, what builds it).
+_ENVIRONMENTS = {
+    "bench": (".venv-bench", "SAPWOOD_BENCH_PYTHON", "benchmarks/make_env.sh"),
+    "ppo": (".venv-trlppo", "SAPWOOD_PPO_PYTHON", "benchmarks/make_env_ppo.sh"),
+}
+
+
+def peer_python(environment: str = "bench") -> Path:
+    """Python of a peers' environment. Raises BenchmarkError if it has not been built."""
+    folder, variable, script = _ENVIRONMENTS[environment]
+    path = Path(os.environ.get(variable, REPOSITORY / folder / "bin" / "python"))
     if not path.is_file():
-        raise BenchmarkError(f"no peers' environment at {path}: run benchmarks/make_env.sh")
+        raise BenchmarkError(f"no peers' environment at {path}: run {script}")
     return path
 
 
@@ -268,7 +276,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Side:
-    """One contestant. script: below benchmarks/; peer: runs in the peers' environment.
+    """One contestant. script: below benchmarks/; peer: runs in the peers' environment `python`.
 
     variants: label -> arguments of one measurement, each measured in every round; warm_up: measure once unrecorded.
     """
@@ -279,6 +287,7 @@ class Side:
     variants: dict[str, dict[str, Any]]
     peer: bool = True
     warm_up: bool = False
+    python: str = "bench"
 
 
 @dataclass
@@ -318,9 +327,8 @@ def take_turns(sides: Sequence[Side], rounds: int, limit: float) -> Outcome:
         running: dict[str, tuple[Side, Worker]] = {}
         for side in sides:
             try:
-                worker = Worker(
-                    side.name, peer_python() if side.peer else sys.executable, side.script, side.spec, limit
-                )
+                python = peer_python(side.python) if side.peer else sys.executable
+                worker = Worker(side.name, python, side.script, side.spec, limit)
                 running[side.name] = side, stack.enter_context(worker)
                 outcome.facts[side.name] = worker.facts
                 if side.warm_up:

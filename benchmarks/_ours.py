@@ -1,7 +1,8 @@
 """Sapwood's side of every benchmark, as a worker: spec["task"] picks what one measurement does.
 
 step: sampling, credit, forward, backward and optimiser step of GRPO. sample: sampling alone. tree: forward and
-backward over given rows. peak: the same, beside the matrix-product peak of this process.
+backward over given rows. peak: the same, beside the matrix-product peak of this process. train: a step of the loop, as
+a recipe describes it.
 """
 
 from __future__ import annotations
@@ -208,7 +209,14 @@ def matmul_peak(dtype: torch.dtype, nodes: int, seconds: float = 0.4) -> float:
     return best
 
 
-TASKS = {"step": step_task, "sample": sample_task, "tree": tree_task, "peak": tree_task}
+def train_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
+    """A step of the loop: see _loop.py."""
+    from _loop import train_task as task
+
+    return task(spec)
+
+
+TASKS = {"step": step_task, "sample": sample_task, "tree": tree_task, "peak": tree_task, "train": train_task}
 
 
 def set_up(spec: Spec) -> tuple[Measure, dict[str, Any]]:
