@@ -1,4 +1,7 @@
-"""Reward models from preference pairs: Bradley-Terry on a scalar head. docs/algorithms/reward.md has every metric."""
+"""Reward models from preference pairs: Bradley-Terry on a scalar head.
+
+docs/algorithms/reward.md has the loss and every metric.
+"""
 
 from __future__ import annotations
 

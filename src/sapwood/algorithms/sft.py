@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: raise the probability of demonstrations. docs/algorithms/sft.md has every metric."""
+"""Supervised fine-tuning: raise the probability of demonstrations.
+
+docs/algorithms/sft.md has the losses and every metric.
+"""
 
 from __future__ import annotations
 
