@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,35 @@ def test_custom_reward():
     [[parts, empty]] = reward.score([Group(Task("t"), [said("a b c a b c"), said("")])])
     assert parts == {"brief": 0.5, "fresh": 0.5}
     assert empty == {"brief": 1.0, "fresh": 0.0}
+
+
+def test_custom_reward_function_and_metrics(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    pytest.importorskip("reasoning_gym")
+    data = yaml.safe_load((EXAMPLES / "custom_reward.yaml").read_text())
+    data["run"] |= {"dir": str(tmp_path / "run"), "steps": 1}
+    data["model"] = {"name": str(model_dir), "lora": {"rank": 2}}
+    data["eval"]["tasks"] = 2
+    data["env"]["few_shot"] = 0  # the tiny model's context is short
+    train(parse_recipe(data))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in logged for name in line}
+    for name in ("reward/closeness", "reward/length", "numbers/bare", "numbers/paid", "agreement", "response_length"):
+        assert any(logged_name.endswith(name) for logged_name in names), (name, sorted(names))
+
+
+def test_custom_functions_by_hand():
+    reward = load("reward", str(EXAMPLES / "custom_reward.py") + ":closeness")(scale=5.0)
+    task = Task("t", answer="7")
+    none: Ids = np.zeros(0, np.int64)
+    floats: Floats = np.zeros(0, np.float32)
+    said = [Trajectory(task, [Turn(none, none, floats, floats, StopReason.EOS, t)]) for t in ("7", "5 or 9", "no")]
+    # 9 is 2 off of 5: 1 - 2/5
+    [[right, near, nothing]] = reward.score([Group(task, said)])
+    assert [right, near, nothing] == [{"closeness": 1.0}, {"closeness": pytest.approx(0.6)}, {"closeness": 0.0}]
+    said[0].reward = 1.0
+    metrics = str(EXAMPLES / "custom_metric.py")
+    shares = load("metric", f"{metrics}:numbers")(longest=1).compute([Group(task, said)])
+    assert shares == {"numbers/bare": pytest.approx(1 / 3), "numbers/paid": pytest.approx(1 / 3)}
+    twice = Group(task, [said[0], said[0], said[1]])
+    assert load("metric", f"{metrics}:Agreement")().compute([twice]) == {"agreement": pytest.approx(2 / 3)}
