@@ -43,9 +43,10 @@ bench: .venv/.installed
 	PYTHON=$(PYTHON) bash benchmarks/make_env.sh .venv-bench
 	$(BIN)/python benchmarks/run_all.py
 
-# Rewrites the help inside docs/cli.md; a test fails where it is out of date.
+# Rewrites the help inside docs/cli.md and the tables inside docs/recipes.md; a test fails where they are out of date.
 docs: .venv/.installed
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python scripts/recipe_docs.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

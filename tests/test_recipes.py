@@ -161,3 +161,21 @@ def test_the_example_data_are_right() -> None:
         assert not right(item["rejected"])
     for item in read["arithmetic_labels"]:
         assert right(item["completion"]) == item["label"]
+
+
+# ---- docs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_option_tables_are_current() -> None:
+    docs = script("recipe_docs")
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert docs.BEGIN + docs.tables() + docs.END in page, "run `make docs`"
+
+
+def test_the_page_names_what_ships() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for overlay in OVERLAYS:
+        assert f"| `{overlay.name}` |" in page
+    for folder in ("smollm2", "qwen3b"):
+        names = page.partition(f"`recipes/{folder}/{{")[2].partition("}")[0].split(",")
+        assert sorted(names) == sorted(path.stem for path in (FOLDER / folder).glob("*.yaml"))
