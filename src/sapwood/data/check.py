@@ -36,16 +36,11 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Chinese": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
 }
 _NAMES = (*SCRIPTS, "")
-_EDGES, _KINDS = zip(
-    *sorted(
-        edge
-        for kind, ranges in enumerate(SCRIPTS.values())
-        for first, last in ranges
-        for edge in ((first, kind), (last + 1, len(SCRIPTS)))
-    ),
-    strict=True,
-)
-_EDGE_ARRAY, _KIND_ARRAY = np.array(_EDGES), np.array((len(SCRIPTS), *_KINDS))
+_ENDS = {last + 1: len(SCRIPTS) for ranges in SCRIPTS.values() for _, last in ranges}
+_BEGINS = {first: kind for kind, ranges in enumerate(SCRIPTS.values()) for first, _ in ranges}
+_EDGES = sorted((_ENDS | _BEGINS).items())  # a range may begin where another one ends
+_EDGE_ARRAY = np.array([point for point, _ in _EDGES])
+_KIND_ARRAY = np.array([len(SCRIPTS), *(kind for _, kind in _EDGES)])
 #: One ideograph or syllable says about as much as three letters.
 _WEIGHT = np.array([3.0 if name in ("Korean", "Japanese", "Chinese") else 1.0 for name in SCRIPTS])
 _LOOK = 2000  # characters of each message that are looked at

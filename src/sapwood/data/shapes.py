@@ -133,8 +133,6 @@ class Normaliser:
         shape = self._shape(parts, present)
         used = set(_USED[shape])
         taken = {name for part, name in parts.items() if part in used}
-        if "answer" in parts and parts["answer"] in taken and "answer" not in self._mapping:
-            del parts["answer"]
         rest = tuple(name for name in present if name not in taken)
         return Plan(parts, rest, shape, tuple(name for name in present if name in _MEDIA))
 
@@ -162,6 +160,8 @@ class Normaliser:
             return "prompt_response" if parts["input"] != "instruction" else "instruction"
         if "input" in parts:
             return "prompt"
+        if not present:
+            raise BadRecord("the record holds nothing; fill it in or remove it")
         raise BadRecord(
             f"no prompt: none of its fields is one of {', '.join(NAMES['input'] + NAMES['messages'])}; "
             f"{_fields(present)}, so map it by name, e.g. data.input"

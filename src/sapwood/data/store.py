@@ -34,7 +34,7 @@ from sapwood.paths import cache_dir
 from sapwood.types import Message
 
 _LAYOUT = 1  # part of every key: raise it when what is stored changes
-_BATCH_ROWS, _BATCH_BYTES = 4096, 32 << 20
+_BATCH_ROWS, _BATCH_BYTES = 4096, 4 << 20
 _STALE = 24 * 3600.0  # seconds after which a half-made folder is that of a process that died
 _SCHEMA = pa.schema(
     [
