@@ -57,7 +57,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
             progress.step(step, {"reward": step / 2}, {"tokens_per_second": 100.0})
         module.behave()
         policy = run.path("checkpoints", "step_000002", "policy", "x").parent
-        return types.SimpleNamespace(run_dir=run.dir, policy_dir=policy, plot=None, table=FakeTable())
+        return types.SimpleNamespace(run_dir=run.dir, policy_dir=policy, plot=None, table=FakeTable(), figures=None)
 
     module.train = run_train
     monkeypatch.setitem(sys.modules, "sapwood.train", module)
@@ -65,23 +65,24 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands in for sapwood.evaluate and keeps the arguments of every call."""
-    module: Any = types.ModuleType("sapwood.evaluate")
-    module.calls = []
+def library(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for what rollout, eval and generate call, and keeps the arguments of every call."""
+    from sapwood import compare, evaluate, generate
+
+    seen = types.SimpleNamespace(calls=[], options=[])
 
     def keep(result: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            module.calls.append(arguments)
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.calls.append(arguments)
+            seen.options.append(options)
             return result
 
         return call
 
-    module.run_rollout = keep(None)
-    module.run_eval = keep(FakeTable())
-    module.run_generate = keep([{"reply": "one"}, {"reply": "two"}])
-    monkeypatch.setitem(sys.modules, "sapwood.evaluate", module)
-    return module
+    monkeypatch.setattr(evaluate, "run_rollout", keep(None))
+    monkeypatch.setattr(compare, "run_eval", keep(FakeTable()))
+    monkeypatch.setattr(generate, "run_generate", keep([{"reply": "one"}, {"reply": "two"}]))
+    return seen
 
 
 # ---- help and usage --------------------------------------------------------------------------------------------
@@ -116,7 +117,8 @@ USAGE = [
     (["xyzzy"], "known are train, rollout"),
     (["train"], "the following arguments are required: RECIPE"),
     (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry"),
-    (["train", "r.yaml", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["eval"], "required: RECIPE|RUN|MODEL"),
+    (["export", "r"], "required: OUT"),
     (["rollout", "r.yaml"], "required: --out"),
     (["rollout", "r.yaml", "--out", "x", "--tasks", "0"], "0 is not a positive number"),
     (["eval", "r.yaml", "--tasks", "many"], "invalid"),
@@ -241,40 +243,91 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
 
 
 def test_rollout_passes_its_options_on(
-    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.jsonl"
     given = ["rollout", str(recipe), "--tasks", "3", "--split", "train", "--out", str(out), "run.seed=2"]
     assert cli.main(given) == 0
-    [(told, split, count, path, _)] = evaluate.calls
+    [(told, split, count, path, _)] = library.calls
     assert (told.run.seed, split, count, path) == (2, "train", 3, out)
     assert capsys.readouterr().out == f"{out}\n"
 
 
-def test_eval_takes_a_recipe_with_an_adapter_or_a_run(
-    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+def test_eval_takes_a_recipe_with_adapters_or_a_run(
+    recipe: Path, tmp_path: Path, library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["eval", str(recipe), "--adapter", "a", "--tasks", "3"]) == 0
+    assert cli.main(["eval", str(recipe), "--adapter", "a", "--adapter", "b", "--tasks", "3", "--device", "cpu"]) == 0
     assert "held-out" in capsys.readouterr().out
-    assert cli.main(["eval", str(tmp_path), "--json"]) == 0  # recipe.yaml is in it: a run folder
-    assert json.loads(capsys.readouterr().out) == {"heading": "three"}
-    assert cli.main(["eval", str(recipe)]) == 0
-    assert [call[1:3] for call in evaluate.calls] == [(Path("a"), 3), (tmp_path, None), (None, None)]
+    out = tmp_path / "deep" / "e.json"
+    assert cli.main(["eval", str(tmp_path), "--json", "--out", str(out)]) == 0  # recipe.yaml is in it: a run folder
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text()) == {"heading": "three"}
+    assert cli.main(["eval", str(recipe), "run.seed=4"]) == 0
+    assert [call[1:3] for call in library.calls] == [([Path("a"), Path("b")], 3), ([tmp_path], None), (None, None)]
+    assert library.calls[0][0].model.device == "cpu"
+    assert library.calls[2][0].run.seed == 4
+
+
+def test_eval_adds_metrics(recipe: Path, library: Any) -> None:
+    given = ["--metric", "response_length", "--metric", "{name: pass_at_k, k: [2]}"]
+    assert cli.main(["eval", str(recipe), *given]) == 0
+    first, second = library.calls[0][0].eval.metrics
+    assert (first["name"], second["name"]) == ("response_length", "pass_at_k")
+
+
+def test_eval_measures_any_model_on_data(tmp_path: Path, library: Any) -> None:
+    data, adapter = tmp_path / "d.jsonl", tmp_path / "adapter"
+    data.write_text('{"prompt": "a", "response": "b"}\n')
+    assert cli.main(["eval", "some/model", "--data", str(data), "--device", "cpu"]) == 0
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    assert cli.main(["eval", str(adapter), "--data", str(data), "--algorithm", "dpo"]) == 0
+    (model, none, *_), (based, adapters, *_) = library.calls
+    assert (model.model.name, model.model.device, model.algorithm["name"], none) == ("some/model", "cpu", "sft", None)
+    assert library.options[0] == {"data": data, "base_name": "model"}
+    assert (based.model.name, based.model.init_from, based.algorithm["name"]) == ("some/base", None, "dpo")
+    assert adapters == [adapter]
+    assert library.options[1]["base_name"] == "base"
+
+
+EVAL = [
+    (["nowhere"], "'nowhere' is no recipe (.yaml) and no run folder: name one, or give --data FILE"),
+    (["nowhere", "--data", "none.jsonl"], "--data: there is no file 'none.jsonl'"),
+    (["nowhere", "a=b", "--data", __file__], "'a=b' overrides a recipe, but 'nowhere' is a model"),
+    (["nowhere", "--data", __file__, "--algorithm", "grpo"], "--algorithm grpo learns from rollouts"),
+    (["nowhere", "--data", __file__, "--algorithm", "spo"], "unknown algorithm 'spo'"),
+    (["RECIPE", "--algorithm", "dpo"], "a recipe names its own: algorithm.name=..."),
+    (["RECIPE", "--metric", "passatk"], "unknown metric 'passatk'"),
+    (["RECIPE", "--metric", "{name: [}"], "--metric: '{name: [}' isn't a mapping"),
+    (["RECIPE", "--device", "tpu"], "model.device"),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), EVAL)
+def test_eval_refuses_in_a_sentence(
+    given: list[str], expected: str, recipe: Path, library: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", *(str(recipe) if item == "RECIPE" else item for item in given)]) == 1
+    told = capsys.readouterr().err
+    assert expected in told
+    assert told.count("\n") == 1
+    assert library.calls == []
 
 
 def test_generate_takes_a_model_or_a_run(
-    recipe: Path, tmp_path: Path, evaluate: Any, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--prompt", "a", "--prompt", "b", "--temperature", "0", "--stop", "x", "--seed", "4", "--dtype", "float32"]
-    assert cli.main(["generate", "some/model", *given]) == 0
+    assert cli.main(["generate", "some/model", *given, "--n", "2", "--system", "s", "--batch", "8"]) == 0
     assert capsys.readouterr().out == "one\n\ntwo\n"
-    assert cli.main(["generate", str(tmp_path), "--input", str(recipe), "--out", "replies.jsonl"]) == 0
+    assert cli.main(["generate", str(tmp_path), "--input", str(recipe), "--out", "replies.jsonl", "--field", "q"]) == 0
     assert capsys.readouterr().out == "replies.jsonl\n"
-    (model, prompts, source, out, sampling, seed, _), (trained, none, file, *_rest) = evaluate.calls
-    assert (model.name, model.lora, model.dtype) == ("some/model", None, "float32")
+    (model, prompts, source, out, sampling, seed, _), (trained, none, file, *_rest) = library.calls
+    assert (model.section.name, model.section.lora, model.section.dtype) == ("some/model", None, "float32")
     assert (prompts, source, out, seed) == (["a", "b"], None, None, 4)
     assert (sampling.temperature, sampling.stop, sampling.max_new_tokens) == (0.0, ("x",), 128)
-    assert (trained.name, trained.init_from, none, file) == ("smollm2-135m", tmp_path, (), recipe)
+    assert (trained.section.name, trained.section.init_from, none, file) == ("smollm2-135m", tmp_path, (), recipe)
+    assert library.options[0] == {"prompt_field": None, "system": "s", "n": 2, "batch": 8}
+    assert library.options[1] == {"prompt_field": "q", "system": None, "n": 1, "batch": 32}
 
 
 GENERATE = [
@@ -282,16 +335,33 @@ GENERATE = [
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; it should be greater than or equal to 1"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0; it should be greater than or equal to 0"),
     (["--input", "nowhere.jsonl"], "--input: there is no file 'nowhere.jsonl'"),
+    (["--prompt", "a", "--device", "tpu"], "model.device"),
+    (["--prompt", "a", "--dtype", "int4"], "model.dtype"),
 ]
 
 
 @pytest.mark.parametrize(("given", "expected"), GENERATE)
 def test_generate_refuses_bad_options(
-    given: list[str], expected: str, evaluate: Any, capsys: pytest.CaptureFixture[str]
+    given: list[str], expected: str, library: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["generate", "smollm2-135m", *given]) == 1
     assert expected in capsys.readouterr().err
-    assert evaluate.calls == []
+    assert library.calls == []
+
+
+def test_export_writes_a_plain_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.learning import save_tiny_model
+
+    out = tmp_path / "out"
+    assert cli.main(["export", str(save_tiny_model(tmp_path / "tiny")), str(out), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert str(AutoModelForCausalLM.from_pretrained(out).dtype) == "torch.bfloat16"
+    assert cli.main(["export", str(tmp_path / "none"), str(out)]) == 1
+    assert "there is no run, checkpoint or adapter" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "tiny"), str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_list_names_plugins_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sapwood.errors import ConfigError, DataError, SapwoodError
+from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
 
 if TYPE_CHECKING:
     from sapwood.config import Recipe
@@ -221,8 +221,13 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def _export_arguments(made: argparse.ArgumentParser) -> None:
-    made.add_argument("run", metavar="RUN", help="a run folder, a checkpoint or an adapter")
-    made.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist yet")
+    made.add_argument("run", type=Path, metavar="RUN", help="a run folder, a checkpoint or an adapter")
+    made.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist yet, or be empty")
+    made.add_argument("--base", metavar="NAME", help="where the adapter's base is, unless the name it gives")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights (float32)"
+    )
+    made.add_argument("--role", choices=("policy", "critic"), default="policy", help="which model of a run (policy)")
 
 
 def _data_check_arguments(made: argparse.ArgumentParser) -> None:
@@ -367,7 +372,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             arguments.tasks,
             progress.work,
             data=arguments.data,
-            base_name=BASE if is_recipe else Path(first).name,
+            base_name=BASE if is_recipe or adapters else Path(first).name,
         )
     told = json.dumps(found.to_json(), indent=2, sort_keys=True)
     if arguments.out:
@@ -469,14 +474,13 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from sapwood.opening import locate
-
-    origin = locate(arguments.run)
+    if not arguments.run.exists():
+        raise ModelError(f"there is no run, checkpoint or adapter {str(arguments.run)!r}.")
     with _progress() as progress:
         progress.phase("exporting")
         from sapwood.models.export import export
 
-        export(origin, arguments.out)
+        export(arguments.run, arguments.out, base=arguments.base, dtype=arguments.dtype, role=arguments.role)
     print(arguments.out)
     return 0
 
