@@ -181,23 +181,24 @@ def test_a_function_is_a_metric(function):
 
 
 JUDGE = """
-def shorter(replies):
-    return [-float(len(reply)) for reply in replies]
+def shorter(trajectories):
+    return [-float(t.turns[-1].token_ids.size) for t in trajectories]
 """
 
 
 @pytest.fixture
-def win_rate(tmp_path, monkeypatch):
-    """Short replies win; a stand-in for the chat gives a token a character."""
+def win_rate(tmp_path):
+    """The reply of fewer tokens wins; the tokenizer gives a token a character."""
     (tmp_path / "judge.py").write_text(JUDGE)
-    chat = SimpleNamespace(reply=lambda text: np.zeros(len(text), np.int64))
-    monkeypatch.setattr("sapwood.metrics.win_rate.Chat", lambda tokenizer: chat)
+
+    def tokenizer(text, **options):
+        return {"input_ids": [ord(character) for character in text]}
 
     def made(*records, **options):
         path = tmp_path / "theirs.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         metric = WinRate(against=path, judge={"name": f"{tmp_path}/judge.py:shorter"}, **options)
-        metric.bind(SimpleNamespace(policy=SimpleNamespace(tokenizer=None)))
+        metric.bind(SimpleNamespace(policy=SimpleNamespace(tokenizer=tokenizer)))
         return metric
 
     return made
@@ -205,10 +206,10 @@ def win_rate(tmp_path, monkeypatch):
 
 def test_win_rate_against_rollouts_and_generated_replies(win_rate):
     groups = [
-        group("a", {"text": "1"}),
-        group("b", {"text": "22"}, {"text": "1"}),
-        group("c", {"text": "333"}),
-        group("d", {"text": "unmatched"}),
+        group("a", {"tokens": 2}),
+        group("b", {"tokens": 3}, {"tokens": 2}),
+        group("c", {"tokens": 4, "stop": StopReason.LENGTH}),
+        group("d", {"tokens": 1}),
     ]
     metric = win_rate(
         {"task": "a", "turns": [{"reply": "12"}]},
@@ -216,13 +217,15 @@ def test_win_rate_against_rollouts_and_generated_replies(win_rate):
         {"task": "e", "turns": []},
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "question c"}], "reply": "12"},
     )
-    # a wins; b ties once and wins once: 3/4; c loses. (1 + .75 + 0)/3 = .58333; ties (0 + .5 + 0)/3
+    # Theirs have two letters and the end token, 3 in all: a wins; b ties once and wins once: 3/4; c loses.
+    # (1 + .75 + 0)/3 = .58333; ties (0 + .5 + 0)/3
     found = metric.compute(groups)
     assert found["win_rate"] == pytest.approx(1.75 / 3)
     assert (found["win_rate/ties"], found["win_rate/tasks"]) == (pytest.approx(1 / 6), 3.0)
-    # tie: within one character: a, and b's second, are ties too, and so is c
-    tied = win_rate({"prompt": "question c", "reply": "12"}, tie=1.0).compute(groups[2:3])
-    assert tied["win_rate"] == 0.5
+    # c alone never ended by itself, so theirs has no end token either: 4 against 2; within a tie of 2
+    alone = {"prompt": "question c", "reply": "12"}
+    assert win_rate(alone, tie=1.9).compute(groups[2:3])["win_rate"] == 0.0
+    assert win_rate(alone, tie=2.0).compute(groups[2:3])["win_rate"] == 0.5
 
 
 def test_wilsons_interval():

@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from sapwood import plugins
-from sapwood.chat import Chat
 from sapwood.errors import ConfigError, DataError
 from sapwood.metrics import Metric, finished
 from sapwood.rewards import Reward
@@ -37,7 +36,7 @@ class WinRate(Metric):
     tie: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     _judge: Reward | None = PrivateAttr(default=None)
-    _chat: Chat | None = PrivateAttr(default=None)
+    _tokenizer: Any = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _one_judge(self) -> WinRate:
@@ -65,22 +64,23 @@ class WinRate(Metric):
             said = " ".join(str(error).split())
             raise ConfigError(f"eval.metrics win_rate: the judge's options: {said}.") from error
         self._judge.bind(models)
-        self._chat = Chat(models.policy.tokenizer)
+        self._tokenizer = models.policy.tokenizer
 
     def compute(self, groups: Sequence[Group]) -> dict[str, float]:
         """{"win_rate": 0..1, ".../lo", ".../hi": its 95 % interval, ".../ties": share, ".../tasks": number compared}.
 
         The interval is Wilson's, over tasks. Raises DataError where no task has an opponent's reply.
         """
-        if self._judge is None or self._chat is None:
+        if self._judge is None:
             raise ConfigError("win_rate has to be bound to the run's models (bind) before it can compare.")
         ours, theirs = [], []
         by_task, by_prompt = _read(self.against)
+        end = _end_of_turn(groups)
         for group in finished(groups):
             replies = by_task.get(group.task.id) or by_prompt.get(_question(group.task)) or ()
             if replies:
                 ours.append(group)
-                theirs.append(_opponent(group, replies, self._chat))
+                theirs.append(self._opponent(group, replies, end))
         if not ours:
             raise DataError(
                 f"{self.against}: none of its replies is to one of the held-out tasks: make it on the same tasks, with "
@@ -100,6 +100,18 @@ class WinRate(Metric):
             "win_rate/ties": ties,
             "win_rate/tasks": float(len(results)),
         }
+
+    def _opponent(self, group: Group, replies: Sequence[str], end: Ids) -> Group:
+        """The opponent's replies as trajectories after the same prompt tokens; end [0 or 1]: closes their turns."""
+        prompts = [t.turns[0].prompt_ids for t in group.trajectories if len(t.turns) == 1]
+        if len(prompts) != len(group.trajectories):
+            raise DataError(f"eval.metrics win_rate compares single replies, but task {group.task.id!r} has turns.")
+        return Group(group.task, [Trajectory(group.task, [self._turn(prompts[0], text, end)]) for text in replies])
+
+    def _turn(self, prompt_ids: Ids, text: str, end: Ids) -> Turn:
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        none = np.zeros(0, np.float32)
+        return Turn(prompt_ids, np.concatenate([np.array(ids, np.int64), end]), none, none, StopReason.EOS, text)
 
     def _results(self, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         """[ours x theirs]: 1 won, 0.5 tied, 0 lost."""
@@ -122,17 +134,11 @@ def _question(task: Task) -> str | None:
     return task.prompt[-1].content if task.prompt else None
 
 
-def _opponent(group: Group, replies: Sequence[str], chat: Chat) -> Group:
-    """The opponent's replies as trajectories after the same prompt tokens."""
-    prompts = [t.turns[0].prompt_ids for t in group.trajectories if len(t.turns) == 1]
-    if len(prompts) != len(group.trajectories):
-        raise DataError(f"eval.metrics win_rate compares single replies, but task {group.task.id!r} has turns.")
-    return Group(group.task, [Trajectory(group.task, [_turn(prompts[0], text, chat)]) for text in replies])
-
-
-def _turn(prompt_ids: Ids, text: str, chat: Chat) -> Turn:
-    none = np.zeros(0, np.float32)
-    return Turn(prompt_ids, chat.reply(text), none, none, StopReason.EOS, text)
+def _end_of_turn(groups: Sequence[Group]) -> Ids:
+    """The token that ended a reply of the policy, [1]; [0] where none ended by itself."""
+    turns = (turn for group in groups for t in group.trajectories for turn in t.turns)
+    ended = (turn.token_ids[-1:] for turn in turns if turn.stop_reason is StopReason.EOS and turn.token_ids.size)
+    return next(ended, np.zeros(0, np.int64))
 
 
 def _read(path: Path) -> tuple[dict[str, list[str]], dict[str | None, list[str]]]:
