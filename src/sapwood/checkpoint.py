@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sapwood.errors import StorageError
 from sapwood.models.adapters import write_classifier
 from sapwood.models.forward import causal_lm
-from sapwood.models.load import Policy, is_classifier, scalar_head, set_pad_token
+from sapwood.models.load import Policy, is_classifier, quiet_transformers, scalar_head, set_pad_token
 from sapwood.models.roles import Critic, Models
 
 
@@ -63,7 +63,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
         # The adapters of other roles are theirs to save.
         policy.model.save_pretrained(str(folder), selected_adapters=[policy.adapter])
     else:
-        policy.model.save_pretrained(str(folder))
+        with quiet_transformers():
+            policy.model.save_pretrained(str(folder))
     policy.tokenizer.save_pretrained(str(folder))
     card = folder / "README.md"
     if card.is_file():
@@ -93,6 +94,8 @@ def _write_classifier_config(policy: Policy, folder: Path) -> None:
     config.num_labels, config.problem_type = 1, "regression"
     set_pad_token(tokenizer, config)
     config.architectures = [NAMES[config.model_type]]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # how it was loaded here says nothing about where it will be
     config.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 

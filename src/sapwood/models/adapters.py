@@ -137,8 +137,13 @@ def fill_adapter(model: Any, name: str, file: AdapterFile) -> None:
     """Put a file's weights into an adapter of the same shape. Raises ModelError where they don't fit."""
     from peft import set_peft_model_state_dict
 
+    state = dict(file.weights)
+    wrapped = getattr(model.get_base_model(), "score", None)
+    if name == POLICY and isinstance(wrapped, nn.Module):  # a classifier's head is a part of its first adapter
+        own = wrapped.get_submodule(f"modules_to_save.{name}")
+        state[HEAD_KEY] = next(own.parameters()) if file.head is None else file.head
     try:
-        result = set_peft_model_state_dict(model, dict(file.weights), adapter_name=name)
+        result = set_peft_model_state_dict(model, state, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"the adapter {file.folder} doesn't fit this model ({str(error).strip().splitlines()[0][:200]})."
@@ -177,7 +182,8 @@ def write_classifier(model: Any, name: str, head: nn.Module, folder: Path, base:
 
     config = copy.deepcopy(model.peft_config[name])
     config.task_type, config.inference_mode = TaskType.SEQ_CLS, True
-    config.modules_to_save = [*(config.modules_to_save or ()), "classifier", "score"]
+    # PEFT reads a module that is named twice twice, and fails at the second.
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), "classifier", "score"]))
     config.base_model_name_or_path = base
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     state = {key: value for key, value in state.items() if not _HEAD_NAMES & set(key.split("."))}

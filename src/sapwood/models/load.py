@@ -169,6 +169,17 @@ def public_name(name: str) -> str:
     return BUNDLED[name][2] if name in BUNDLED else name
 
 
+def known_name(public: str) -> str:
+    """The name by which a base that an adapter calls by its public name is opened here.
+
+    A bundled model has weights of its own (4 bits, dequantised): what was trained on it names the public model.
+    """
+    for name, (_, _, known) in BUNDLED.items():
+        if public == known and bundled_gguf(name) is not None:
+            return name
+    return public
+
+
 def resolve(name: str) -> str:
     """A folder or hub id that transformers opens. A bundled model is converted once, into the cache.
 
@@ -206,7 +217,7 @@ def _converted(name: str) -> Path:
         raise ModelError(
             f"can't write the model cache {target.parent} ({error.strerror}); set SAPWOOD_CACHE."
         ) from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch, _quiet_transformers():
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch, quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")  # the weights are dequantised: saved as what they are
@@ -224,7 +235,8 @@ def _converted(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """No warnings and progress bars of transformers inside."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -265,7 +277,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, cache_dir: Path |
 
 @contextlib.contextmanager
 def _opening(name: str) -> Iterator[None]:
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             yield
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -468,12 +480,10 @@ def _check_language_model(source: str) -> None:
 def _with_adapter(model: Any, section: ModelSection, file: AdapterFile | None, seed: int, scalar: bool) -> Any:
     config = lora_config(section.lora) if file is None and section.lora is not None else file and file.config
     model = first_adapter(model, config, seed, scalar=scalar)
+    if scalar:
+        scalar_head(model).float()
     if file is not None:
         fill_adapter(model, POLICY, file)
-    if scalar:
-        head = scalar_head(model).float()
-        if file is not None and file.head is not None:
-            next(head.parameters()).data.copy_(file.head)
     model.peft_config[POLICY].base_model_name_or_path = public_name(section.name)
     return model
 

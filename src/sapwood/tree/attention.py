@@ -520,8 +520,14 @@ def tree_attention(
     )
     if how.window and how.window > int(tree.tree.trie.positions.max(initial=0)):
         how = Scores(how.scale, how.softcap, 0, how.positions)  # the window never closes at this depth
-    q, k, v = query[0], key[0], value[0]
+    q, k, v = (_in_autocast(x[0]) for x in (query, key, value))
     return _run(_choose(q, k, v, tree, how), q, k, v, tree, how).transpose(0, 1)[None], None
+
+
+def _in_autocast(x: Tensor) -> Tensor:
+    """In autocast's dtype where that is on: rotation leaves queries and keys in fp32, and values in half precision."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _ordinary(
