@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+import sapwood
 from sapwood import configfile, plugins
 from sapwood.config import Recipe, dump_recipe, load_recipe
 
@@ -179,3 +182,35 @@ def test_the_page_names_what_ships() -> None:
     for folder in ("smollm2", "qwen3b"):
         names = page.partition(f"`recipes/{folder}/{{")[2].partition("}")[0].split(",")
         assert sorted(names) == sorted(path.stem for path in (FOLDER / folder).glob("*.yaml"))
+
+
+def ours() -> list[str]:
+    """Code in the second column of the tables of docs/migrating.md."""
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    return [code for row in rows for code in re.findall(r"`([^`]+)`", re.split(r"(?<=\S) \| ", row)[1])]
+
+
+def test_migrating_names_only_options_that_exist() -> None:
+    """`optim.batch_size` and the like; an option of `algorithm` is one of some algorithm."""
+    sections = script("recipe_docs").SECTIONS
+    known = {key: set(model.model_fields) for key, model in sections.items()} | {"model.lora": {"rank"}}
+    known["data"] |= set(sections["data.sources"].model_fields)
+    known["engine"] |= {"name"} | set(sections["engine (local)"].model_fields)
+    known["algorithm"] = {"name"}.union(*(plugins.load("algorithm", name).model_fields for name in ALGORITHMS))
+    found = [match.groups() for code in ours() if (match := re.match(r"([a-z_]+)\.([a-z_]+)(?![.\w/(])", code))]
+    named = [(section, key) for section, key in found if section in known]
+    assert len(named) > 80
+    assert [f"{section}.{key}" for section, key in named if key not in known[section]] == []
+
+
+def test_migrating_names_only_files_and_functions_that_exist() -> None:
+    here = "`" + "` `".join(ours()) + "`"
+    for path in re.findall(r"`((?:recipes|docs|examples)/[\w/.]+\.\w+)`", here):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"`sapwood\.([A-Za-z_]+)[`(]", here):
+        assert getattr(sapwood, name) is not None
+    for module, name in re.findall(r"`(sapwood\.[a-z_.]+)\.([a-z_]+)[`(]", here):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    for name in re.findall(r"`model\.(\w+)\(", here):
+        assert hasattr(sapwood.Model, name), name
