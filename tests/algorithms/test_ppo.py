@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 import yaml
 from pydantic import ValidationError
 from tests.algorithms.test_grpo import attempt, groups_of, row
+from tests.learning import save_tiny_model
 
 from sapwood.algorithms import Forward, RowBatch, Totals
 from sapwood.algorithms.ppo import PPO
+from sapwood.config import parse_recipe
 from sapwood.errors import DataError
 from sapwood.plugins import load
+from sapwood.train import train
 from sapwood.types import Group, Row
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "algorithms" / "ppo.md"
@@ -503,3 +507,58 @@ def test_every_option_and_metric_is_documented() -> None:
     groups = groups_of([attempt(1), attempt(0), attempt(0), attempt(0)])
     logged |= set(algorithm.credit(groups, rows)[1]) | set(algorithm.begin(1, 2))
     assert [name for name in sorted(logged) if f"`{name}`" not in text] == []
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+def records_of_a_run(folder: Path, reward: str, steps: int, **algorithm: Any) -> list[dict[str, Any]]:
+    """Metrics of each step of a tiny model that is paid for tokens of the vocabulary's lower half."""
+    recipe = {
+        "run": {"dir": str(folder / "run"), "steps": steps, "seed": 1},
+        "model": {"name": str(save_tiny_model(folder / "model")), "lora": None},
+        "env": {"name": "prompts", "items": [{"prompt": "go"}, {"prompt": "say"}, {"prompt": "the lamp"}]},
+        "rewards": [{"name": f"tests.learning:{reward}"}],
+        "algorithm": {"name": "ppo", "group_size": 8, **algorithm},
+        "engine": {"name": "local", "max_new_tokens": 6, "ignore_eos": True},
+        "optim": {"learning_rate": 1e-2, "batch_size": 4},
+        "eval": {"tasks": 1, "at_start": False},
+        "samples": {"every": 0},
+    }
+    train(parse_recipe(recipe))
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["step"]]
+
+
+def test_options_run_through_the_loop(tmp_path: Path) -> None:
+    options = {
+        "group_size": 2,
+        "epochs": 2,
+        "updates": 2,
+        "kl_control": "multiplicative",
+        "kl_low": 0.0,
+        "kl_high": 1e-9,
+    }
+    options |= {"entropy_coef": 0.01, "entropy_schedule": "linear", "js_coef": 0.1, "whiten_rewards": "running"}
+    options |= {"clip_schedule": "linear", "clip_decay_updates": 8, "credit_level": "turn", "kl_estimator": "k3"}
+    first, second = records_of_a_run(tmp_path, "LowTokens", 2, **options)
+    assert [first["updates"], second["updates"]] == [4, 4]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is its reference
+    assert second["kl"] > 0.0
+    assert first["approx_kl"] > 0.0  # from the second update on
+    assert (first["clip_range"], second["clip_range"]) == (0.2, 0.1)  # 4 of 8 updates
+    assert (first["entropy_coef"], second["entropy_coef"]) == (0.01, 0.005)
+    assert first["values"] == 0.0  # the head starts at zero
+    assert second["values"] != 0.0
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in (first, second))
+    assert all(abs(record["gap_k3"]) < 1e-6 for record in (first, second))
+
+
+@pytest.mark.slow
+def test_it_learns_and_its_twin_does_not(tmp_path: Path) -> None:
+    # 32 replies of 6 tokens a step: the standard error of a step's mean is at most .5 / sqrt(192) = .036.
+    true, twin = (records_of_a_run(tmp_path / r, r, 20) for r in ("LowTokens", "ShuffledLowTokens"))
+    rewards, shuffled = (np.array([record["reward"] for record in records]) for records in (true, twin))
+    assert rewards[:3].mean() < 0.62
+    assert rewards[-3:].mean() > 0.75
+    assert shuffled[-3:].mean() < shuffled[:3].mean() + 0.1
