@@ -42,8 +42,9 @@ def test_keys_of_one_source_stand_beside_those_of_the_section() -> None:
 
 
 def test_a_written_section_reads_as_itself() -> None:
-    section = DataSection.model_validate({"path": "a.csv", "input": "q", "eval_sources": ["b.csv"], "max_length": 64})
-    assert DataSection.model_validate(section.model_dump(mode="json")) == section.model_copy()
+    for data in ("a.csv", {"path": "a.csv", "input": "q", "eval_sources": ["b.csv"], "max_length": 64}):
+        section = DataSection.model_validate(data)
+        assert DataSection.model_validate(section.model_dump(mode="json")) == section
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,10 @@ def test_a_written_section_reads_as_itself() -> None:
         ([{"path": "a", "weight": 1.0}, {"path": "b"}], "data.sources.1.weight is missing"),
         ({"path": "a", "max_length": 8, "max_prompt_length": 8}, "leaves no room for a reply"),
         ({"path": "a", "long_reply": "cut_end"}, "data.long_reply has no effect without data.max_length"),
+        ({"path": "a", "max_prompt_length": 8, "long_reply": "cut_end"}, "data.long_reply has no effect without"),
+        ({"path": "a", "long_prompt": "cut_start"}, "data.long_prompt has no effect without"),
         ({"path": "a", "max_samples": True}, "max_samples is True"),
-        ({"sources": []}, "at least 1"),
+        ({"sources": []}, "data.sources is empty: name at least one file"),
         ({"path": "a", "eval_fraction": 1.0}, "less than 1"),
     ],
 )

@@ -116,7 +116,7 @@ class DataSection(_Section):
     conversation that are learnt. on_bad_record: stop at the first bad record, or skip, count and list them.
     """
 
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    sources: tuple[SourceSection, ...]
     eval_sources: tuple[SourceSection, ...] = ()
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     max_samples: Positive | None = None
@@ -136,6 +136,8 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
+        if not self.sources:
+            raise ValueError("data.sources is empty: name at least one file")
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise ValueError(
@@ -147,10 +149,11 @@ class DataSection(_Section):
                 f"data.max_prompt_length ({self.max_prompt_length}) leaves no room for a reply in data.max_length "
                 f"({self.max_length}): lower it"
             )
-        for name in ("long_prompt", "long_reply"):
-            # A resolved recipe writes out every default, which says nothing.
-            if getattr(self, name) != "drop" and not (self.max_length or self.max_prompt_length):
-                raise ValueError(f"data.{name} has no effect without data.max_length or data.max_prompt_length")
+        # A resolved recipe writes out every default, which says nothing.
+        if self.long_prompt != "drop" and not (self.max_length or self.max_prompt_length):
+            raise ValueError("data.long_prompt has no effect without data.max_prompt_length or data.max_length")
+        if self.long_reply != "drop" and not self.max_length:
+            raise ValueError("data.long_reply has no effect without data.max_length")
         return self
 
 
