@@ -108,6 +108,15 @@ def test_the_common_settings_for_3b(name: str) -> None:
         assert recipe.algorithm.items() >= wanted.items()
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_recipe_for_any_algorithm(algorithm: str) -> None:
+    recipe = load_recipe(FOLDER / "qwen3b" / "any.yaml", [f"algorithm.name={algorithm}"])
+    recipe.check_trainable()
+    rollouts = recipe.build_algorithm().learns_from == "rollouts"
+    assert (recipe.engine is not None) == (recipe.rewards is not None) == rollouts
+    assert recipe.algorithm["epochs"] == (4 if rollouts else 1)
+
+
 #: overlay, recipe, and the values that the pair must have.
 SCENARIOS: list[tuple[str, str, dict[str, Any]]] = [
     ("8gb", "smollm2/ppo", {"optim.batch_size": 1, "optim.gradient_accumulation": 8, "algorithm.group_size": 1}),
