@@ -8,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from sapwood.algorithms import Forward, RowBatch, Totals
+from sapwood.cli import main
 from sapwood.config import parse_recipe
 from sapwood.envs.check import check_env
 from sapwood.plugins import load
+from sapwood.run import read_metrics
 from sapwood.train import train
 from sapwood.types import Floats, Group, Ids, StopReason, Task, Trajectory, Turn
+from tests.conftest import make_row
 from tests.learning import save_tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,12 +30,27 @@ def model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def test_minimal_grpo(model_dir, capsys):
-    spec = importlib.util.spec_from_file_location("minimal_grpo", EXAMPLES / "minimal_grpo.py")
+def imported(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def recipe_of(name, model_dir, tmp_path, **changes):
+    """An example's recipe, on the tiny model and for two steps."""
+    data = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    data["run"] = {"dir": str(tmp_path / "run"), "steps": 2}
+    data["model"] = {"name": str(model_dir), "lora": {"rank": 2}}
+    for section, values in changes.items():
+        data[section] = {**data.get(section, {}), **values} if isinstance(values, dict) else values
+    return parse_recipe(data)
+
+
+def test_minimal_grpo(model_dir, capsys):
+    module = imported("minimal_grpo")
     curve = module.main(["--model", str(model_dir), "--steps", "2", "--prompts", "2", "--group", "4"])
     assert len(curve) == 2
     assert capsys.readouterr().out.count("reward") == 2
@@ -45,11 +65,7 @@ def test_custom_env(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     family = load("env", "examples/custom_env.py:Guess")(highest=9, turns=2)
     check_env(family)
-    data = yaml.safe_load((EXAMPLES / "custom_env.yaml").read_text())
-    data["run"] |= {"dir": str(tmp_path / "run"), "steps": 2}
-    data["model"] = {"name": str(model_dir), "lora": {"rank": 2}}
-    data["eval"]["tasks"] = 2
-    result = train(parse_recipe(data))
+    result = train(recipe_of("custom_env", model_dir, tmp_path, eval={"tasks": 2}))
     assert (result.policy_dir / "adapter_config.json").is_file()
 
 
@@ -96,3 +112,49 @@ def test_custom_functions_by_hand():
     assert shares == {"numbers/bare": pytest.approx(1 / 3), "numbers/paid": pytest.approx(1 / 3)}
     twice = Group(task, [said[0], said[0], said[1]])
     assert load("metric", f"{metrics}:Agreement")().compute([twice]) == {"agreement": pytest.approx(2 / 3)}
+
+
+def test_custom_algorithm(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    algorithm = load("algorithm", "examples/custom_algorithm.py:MovingBaseline")(decay=0.75, entropy_coef=0.5)
+    rows = [make_row([1, 2, 3], [1, 2]), make_row([1, 4], [1])]
+    # the first batch is its own baseline, mean 2; then .75 * 2 + .25 * 2 = 2 stands against rewards of 4 and 8
+    for rewards, advantages, baseline in (((1.0, 3.0), (-1.0, 1.0), 2.0), ((4.0, 8.0), (2.0, 6.0), 2.0)):
+        for row, reward in zip(rows, rewards, strict=True):
+            row.reward = reward
+        _, metrics = algorithm.credit([], rows)
+        assert [row.advantages.tolist() for row in rows] == [[advantages[0]] * 2, [advantages[1]]]
+        assert metrics["baseline"] == baseline
+    assert algorithm.state() == {"baseline": 3.0}  # .75 * 2 + .25 * 6
+    # -(-1 * 2 + -2 * 2 + -3 * 6) / 3 = 8; mean entropy (1 + 2 + 3) / 3 = 2, weight .5
+    forward = Forward(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    assert float(algorithm.loss(forward, RowBatch.of(rows), Totals.of(rows)).loss) == pytest.approx(8.0 - 0.5 * 2.0)
+    low = [{"name": "tests.learning:LowTokens"}]  # the tiny model never says a number
+    changes = {"eval": {"tasks": 2}, "optim": {"batch_size": 4}, "rewards": low}
+    result = train(recipe_of("custom_algorithm", model_dir, tmp_path, **changes))
+    metrics = read_metrics(result.run_dir / "metrics.jsonl")
+    assert metrics[-1]["baseline"] != metrics[-1]["reward"]
+    assert metrics[-1]["grad_norm"] > 0
+    assert len((EXAMPLES / "custom_algorithm.py").read_text().splitlines()) < 80
+
+
+def test_custom_data(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setenv("SAPWOOD_CACHE", str(tmp_path / "cache"))
+    module = imported("custom_data")
+    for right, pair in zip(module.sums(), module.preferred_sums(), strict=True):
+        a, b = right["prompt"].removesuffix(" =").split(" + ")
+        assert int(a) + int(b) == int(right["response"]) == int(pair["chosen"]) != int(pair["rejected"])
+    result = train(recipe_of("custom_data", model_dir, tmp_path, optim={"batch_size": 4}, eval={"max_samples": 8}))
+    assert result.figures is not None
+    assert result.figures.results["base model"]["perplexity"] > 1
+    assert main(["data", "check", "examples/custom_data.py:preferred_sums"]) == 0
+    assert "400 good records (400 preference), 0 bad" in capsys.readouterr().out
+
+
+def test_api_tour(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAPWOOD_CACHE", str(tmp_path / "cache"))
+    found = imported("api_tour").main(["--model", str(model_dir), "--runs", str(tmp_path / "tour"), "--steps", "2"])
+    assert found["first_loss"] == pytest.approx(np.log(2), abs=1e-5)  # DPO starts at its reference
+    assert "preference accuracy" in capsys.readouterr().out
+    assert (tmp_path / "tour" / "dpo" / "evaluation.json").is_file()

@@ -57,6 +57,10 @@ class Input(ABC):
 def resolve(source: SourceSection) -> list[Input]:
     """The files of a source, or its hub set. Raises DataError for a path that leads nowhere."""
     path = Path(source.path).expanduser()
+    if not path.exists() and names_function(source.path):
+        from sapwood.data.function import FunctionInput  # which imports this module
+
+        return [FunctionInput(source)]
     if source.format == "hub" or (source.format == "auto" and _looks_like_hub(source.path, path)):
         return [HubInput(source)]
     if source.revision is not None:
@@ -74,6 +78,12 @@ def resolve(source: SourceSection) -> list[Input]:
     if not path.is_file():
         raise DataError(f"{source.path}: no such file or folder{_nearest(path)}")
     return [FileInput(path, source.format)]
+
+
+def names_function(path: str) -> bool:
+    """Whether a source's path is "file.py:name" or "package.module:name"."""
+    module, colon, name = path.rpartition(":")
+    return bool(colon) and name.isidentifier() and (module.endswith(".py") or module.replace(".", "").isidentifier())
 
 
 def _looks_like_hub(text: str, path: Path) -> bool:
