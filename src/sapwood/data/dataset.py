@@ -18,6 +18,7 @@ from sapwood.errors import DataError
 from sapwood.types import Message
 
 Indices = NDArray[np.int64]
+Rows = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Dataset:
     def __init__(
         self,
         stores: Sequence[Store],
-        rows: Sequence[Indices],
+        rows: Sequence[Rows],
         seed: int,
         report: Report,
         *,
@@ -144,25 +145,41 @@ class Dataset:
         """
         seed = self._seed if seed is None else seed
         shares = self.shares()
-        parts = [
-            self._starts[source] + self._walk(source, epoch * share, share, seed) for source, share in enumerate(shares)
-        ]
-        joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        if not self._shuffle:
-            return joined if self._weights is None else joined[_interleaved(shares)]
-        return np.random.default_rng([seed, epoch, 1]).permutation(joined)
+        joined = np.empty(len(self), np.int64)
+        at = 0
+        for source, share in enumerate(shares):
+            joined[at : at + share] = self._walk(source, epoch * share, share, seed)
+            joined[at : at + share] += self._starts[source]
+            at += share
+        if self._shuffle:
+            np.random.default_rng([seed, epoch, 1]).shuffle(joined)
+        elif self._weights is not None:
+            joined = joined[_interleaved(shares)]
+        return joined
 
-    def _walk(self, source: int, first: int, count: int, seed: int) -> Indices:
+    def _walk(self, source: int, first: int, count: int, seed: int) -> NDArray[np.integer[Any]]:
         """Positions first .. first + count of an endless walk through a source, lap after lap."""
         size = len(self._rows[source])
         if count == 0:
             return np.zeros(0, np.int64)
+        whole = count == size and first % size == 0  # permuted with the epoch
         laps = range(first // size, (first + count - 1) // size + 1)
-        if not self._shuffle or (count == size and first % size == 0):  # whole laps are permuted with the epoch
-            walked = np.tile(np.arange(size), len(laps))
-        else:
-            walked = np.concatenate([np.random.default_rng([seed, lap, 2, source]).permutation(size) for lap in laps])
-        return walked[first % size : first % size + count]
+        walked = [_lap(size, (seed, lap, 2, source) if self._shuffle and not whole else None) for lap in laps]
+        joined = walked[0] if len(walked) == 1 else np.concatenate(walked)
+        return joined[first % size : first % size + count]
+
+
+def _lap(size: int, seed: Sequence[int] | None) -> Rows:
+    """All positions of a source, in an order drawn from the seed."""
+    positions = np.arange(size, dtype=_narrow(size))
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(positions)
+    return positions
+
+
+def _narrow(size: int) -> type[np.integer[Any]]:
+    """The smallest usual type for positions below `size`: half the memory where there are millions."""
+    return np.int32 if size < 2**31 else np.int64
 
 
 def _interleaved(shares: Sequence[int]) -> Indices:
@@ -189,9 +206,9 @@ def open_data(
     stores = opened(section.sources)
     held_stores = opened(section.eval_sources)
     if held_stores:
-        unseen = np.unique(np.concatenate([store.prompts() for store in held_stores]))
-        train = [np.flatnonzero(~np.isin(store.prompts(), unseen)) for store in stores]
-        held = [np.arange(len(store)) for store in held_stores]
+        unseen = np.unique(np.concatenate([prompts for store in held_stores for prompts in store.prompts()]))
+        train = [_where(np.concatenate([~np.isin(p, unseen) for p in store.prompts()])) for store in stores]
+        held = [_lap(len(store), None) for store in held_stores]
         in_eval = sum(len(store) for store in stores) - sum(len(part) for part in train)
     else:
         held_stores, in_eval = stores, 0
@@ -219,24 +236,36 @@ def _limits(sources: Sequence[SourceSection], total: int | None) -> list[int | N
     return [min(own or total, max(high - low, 1)) for own, (low, high) in zip(limits, pairwise(edges), strict=True)]
 
 
-def _split(stores: Sequence[Store], fraction: float, seed: int) -> tuple[list[Indices], list[Indices]]:
+def _split(stores: Sequence[Store], fraction: float, seed: int) -> tuple[list[Rows], list[Rows]]:
     """(train, held out) positions of each store: a fraction of the distinct prompts, drawn by their content.
 
     At least one prompt is held out and one kept where there are two and the fraction isn't 0.
     """
     if fraction == 0:
-        return [np.arange(len(store)) for store in stores], [np.zeros(0, np.int64) for _ in stores]
-    draws = [_mix(store.prompts(), seed) for store in stores]
-    distinct = np.unique(np.concatenate(draws))
-    wanted = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
-    held = [draw < distinct[wanted] for draw in draws]
-    return [np.flatnonzero(~part) for part in held], [np.flatnonzero(part) for part in held]
+        return [_lap(len(store), None) for store in stores], [_lap(0, None) for _ in stores]
+    draws = [np.concatenate([_draw(prompts, seed) for prompts in store.prompts()]) for store in stores]
+    ranked = np.concatenate(draws)
+    ranked.sort()
+    first_of_its_kind = np.empty(len(ranked), np.bool_)
+    first_of_its_kind[0] = True
+    np.not_equal(ranked[1:], ranked[:-1], out=first_of_its_kind[1:])
+    distinct = int(np.count_nonzero(first_of_its_kind))
+    wanted = min(max(round(distinct * fraction), 1), distinct - 1)
+    edge = ranked[np.searchsorted(np.cumsum(first_of_its_kind, dtype=_narrow(distinct)), wanted + 1)]
+    del ranked, first_of_its_kind
+    held = [draw < edge for draw in draws]
+    return [_where(~part) for part in held], [_where(part) for part in held]
 
 
-def _mix(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """[N] numbers drawn by key and seed (the finaliser of SplitMix64)."""
+def _where(chosen: NDArray[np.bool_]) -> Rows:
+    """Positions that are true."""
+    return np.flatnonzero(chosen).astype(_narrow(len(chosen)))
+
+
+def _draw(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint32]:
+    """[N] numbers drawn by key and seed: the upper half of what SplitMix64's finaliser makes of them."""
     start = np.random.SeedSequence([seed, 4]).generate_state(1, np.uint64)[0]
     mixed = keys ^ start
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)

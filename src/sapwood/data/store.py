@@ -104,23 +104,20 @@ class Store:
         columns, row = self._at(index)
         return self._inputs[columns[4][row].as_py()].where(columns[5][row].as_py())
 
-    def prompts(self) -> NDArray[np.uint64]:
-        """[N] hashes of the prompts."""
-        return self._column(2)
+    def prompts(self) -> Iterator[NDArray[np.uint64]]:
+        """Hashes of the prompts, a batch at a time, as views of the map."""
+        return (columns[2].to_numpy() for columns in self._batches)
 
     def contents(self) -> NDArray[np.uint64]:
         """[N] hashes of whole records, metadata aside."""
-        return self._column(3)
+        parts = [columns[3].to_numpy() for columns in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
     def _at(self, index: int) -> tuple[list[Any], int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
         return self._batches[number], index - self._starts[number]
-
-    def _column(self, column: int) -> NDArray[np.uint64]:
-        parts = [columns[column].to_numpy() for columns in self._batches]
-        return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
 
 def open_store(
