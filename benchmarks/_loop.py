@@ -23,9 +23,10 @@ from sapwood.config import Recipe, parse_recipe
 from sapwood.progress import Progress
 from sapwood.run import Run
 from sapwood.train import Trainer
-from sapwood.types import Group
+from sapwood.types import Group, Message
 
 Spec = dict[str, Any]
+Pairs = list[tuple[list[int], list[int]]]
 
 #: The conversation as bare text, each reply closed by the end token: the ids that TRL makes of plain strings.
 _PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -38,8 +39,7 @@ def train_task(spec: Spec) -> tuple[Measure, dict[str, Any]]:
     """
     trainer = _trainer(spec)
     rollouts = trainer.algorithm.learns_from == "rollouts"
-    if not rollouts:
-        _check(trainer.parts.source.groups(1), spec["rows"])
+    _check(_prompts(trainer, spec) if rollouts else _rows(trainer.parts.source.groups(1)), spec["rows"])
     steps = 0
 
     def measure(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -79,13 +79,20 @@ def _recipe(spec: Spec, folder: Path) -> Recipe:
         },
         "data": {"sources": [{"path": str(records), **spec.get("fields", {})}], "eval_fraction": 0.0},
         "optim": {"learning_rate": spec["learning_rate"], "batch_size": len(spec["records"]), "token_budget": 16_384},
+        "eval": {"at_start": False},
         "samples": {"every": 0},
     }
     return parse_recipe({**shared, **spec["recipe"]})
 
 
-def _check(groups: Sequence[Group], rows: Sequence[Mapping[str, list[int]]]) -> None:
-    made = [(t.turns[0].prompt_ids.tolist(), t.turns[0].token_ids.tolist()) for g in groups for t in g.trajectories]
-    wanted = [(row["prompt_ids"], row["reply_ids"]) for row in rows]
-    if sorted(made) != sorted(wanted):
-        raise RuntimeError("the loop's rows are not the workload's")
+def _rows(groups: Sequence[Group]) -> Pairs:
+    return [(t.turns[0].prompt_ids.tolist(), t.turns[0].token_ids.tolist()) for g in groups for t in g.trajectories]
+
+
+def _prompts(trainer: Trainer, spec: Spec) -> Pairs:
+    return [(trainer.chat.start((Message("user", record["prompt"]),)).tolist(), []) for record in spec["records"]]
+
+
+def _check(made: Pairs, rows: Sequence[Mapping[str, list[int]]]) -> None:
+    if sorted(made) != sorted((row["prompt_ids"], row["reply_ids"]) for row in rows):
+        raise RuntimeError("the loop's tokens are not the workload's")

@@ -10,10 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import dpo_step
 import group_size
 import grpo_step
 import hvac_steps
+import ppo_step
+import reward_step
 import sampling
+import sft_step
 import tree_peak
 import update_docs
 from _harness import BenchmarkError, Options, say
@@ -24,6 +28,10 @@ BENCHMARKS: dict[str, Callable[[Options], None]] = {
     "sampling_vs_vllm": lambda options: sampling.run(options, ("vllm",)),
     "group_size": group_size.run,
     "grpo_step": grpo_step.run,
+    "sft_step": sft_step.run,
+    "reward_step": reward_step.run,
+    "dpo_step": dpo_step.run,
+    "ppo_step": ppo_step.run,
     "hvac_steps": hvac_steps.run,
 }
 

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer as a worker: one measurement is one optimiser step over the workload's demonstrations.
 
-spec["packing"]: "bfd" (best-fit decreasing; documents are apart by their position ids, on a CPU by an attention mask) or
-"none" (padded rows). spec["max_length"]: tokens of a pack.
+spec["packing"]: "bfd" (best-fit decreasing; position ids, on a CPU an attention mask, keep documents apart) or "none"
+(padded rows). spec["max_length"]: tokens of a pack.
 """
 
 from __future__ import annotations
