@@ -58,7 +58,6 @@ def save_policy(policy: Policy, folder: Path) -> None:
     """Adapter or model, and tokenizer, in the formats of PEFT and transformers; of a scalar head too."""
     if policy.has_lora and is_classifier(policy.model):
         write_classifier(policy.model, policy.adapter, scalar_head(policy.model), folder, policy.public_name)
-        _write_classifier_config(policy, folder)
     elif policy.has_lora:
         # The adapters of other roles are theirs to save.
         policy.model.save_pretrained(str(folder), selected_adapters=[policy.adapter])
@@ -79,24 +78,16 @@ def save_critic(critic: Critic, folder: Path) -> None:
     elif critic.kind == "adapter":
         policy = critic.policy
         write_classifier(policy.model, policy.adapter, critic.head, folder, policy.public_name)
-        _write_classifier_config(policy, folder)
+        _write_padded_tokenizer(policy, folder)
         _public(policy, folder)
     else:
         save_file({"score.weight": next(critic.head.parameters()).detach().cpu()}, folder / "head.safetensors")
 
 
-def _write_classifier_config(policy: Policy, folder: Path) -> None:
-    """A config beside the adapter: one label and a pad token, which the base's own config lacks."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
-
-    config = copy.deepcopy(causal_lm(policy.model).config)
+def _write_padded_tokenizer(policy: Policy, folder: Path) -> None:
+    """The policy's tokenizer with a pad token that ends no row, as a classifier needs it."""
     tokenizer = copy.deepcopy(policy.tokenizer)
-    config.num_labels, config.problem_type = 1, "regression"
-    set_pad_token(tokenizer, config)
-    config.architectures = [NAMES[config.model_type]]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # how it was loaded here says nothing about where it will be
-    config.save_pretrained(str(folder))
+    set_pad_token(tokenizer, copy.deepcopy(causal_lm(policy.model).config))
     tokenizer.save_pretrained(str(folder))
 
 
