@@ -82,6 +82,11 @@ def test_one_broken_file_does_not_hide_the_others(lines: Lines, tmp_path: Path) 
     assert report.records == 100
 
 
+def test_repeats_are_found_across_files(lines: Lines) -> None:
+    train, test = lines(ROWS), lines([{"prompt": "fresh", "response": "x"}, ROWS[7]], "test.jsonl")
+    assert check([str(train), str(test)]).repeats == [(f"{test} line 2", f"{train} line 8")]
+
+
 def test_options_of_a_source(lines: Lines) -> None:
     path = lines([{"problem": "1+1", "why": "because"}])
     assert check([str(path)], {"output": "why"}).records == 1

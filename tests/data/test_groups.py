@@ -155,7 +155,7 @@ def test_oldest_turns_go_first_and_the_system_message_stays() -> None:
 @pytest.mark.parametrize(("option", "limit"), [("long_prompt", {"max_prompt_length": 20}), ("long_reply", {})])
 def test_lengths_can_be_errors(option: str, limit: dict[str, int]) -> None:
     prompt, reply = sizes(group(record_of(30, 10)))
-    made = grouper(**{option: "error", **(limit or {"max_length": prompt + reply - 1})})
+    made = grouper(**{option: "error", "on_bad_record": "skip", **(limit or {"max_length": prompt + reply - 1})})
     with pytest.raises(DataError, match=r"f.jsonl line 7: .* tokens, and at most \d+ are allowed; raise data.max_"):
         made.group(record_of(30, 10), 0)
 
@@ -176,6 +176,7 @@ def test_a_template_that_fails_names_the_record() -> None:
     made = grouper(STRICT, on_bad_record="skip")
     assert made.group(record, 0) is None
     assert made.counts == {"refused by the template": 1}
+    assert made.refused[0].startswith("chat.json line 12: the chat template refuses")
 
 
 def test_prompts_of_data_are_a_world(lines: Lines) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +122,8 @@ def check(
     options that aren't any, and for a path that leads nowhere.
     """
     report = CheckReport("tokens" if chat else "characters")
-    lengths: dict[str, list[int]] = {"prompt": [], "reply": [], "example": []}
+    lengths = {part: array("q") for part in ("prompt", "reply", "example")}
+    stores: list[Store] = []
     grouper = None if chat is None else Grouper(chat, DataSection.model_validate(paths[0]))
     for path in paths:
         source = _source(path, options or {})
@@ -131,7 +134,7 @@ def check(
             continue
         report.bad += store.report.bad_records()
         report.shapes.update(store.report.shapes)
-        report.repeats += _repeats(store)
+        stores.append(store)
         for index in range(len(store)):
             if progress is not None and index % 1000 == 0:
                 progress(f"measuring {path}, records", index, len(store) + 1)
@@ -143,9 +146,10 @@ def check(
                 continue
             report.records += 1
             lengths["prompt"].append(prompt)
-            lengths["reply"] += replies
+            lengths["reply"].extend(replies)
             lengths["example"].append(prompt + max(replies, default=0))
             report.languages[language(_texts(record))] += 1
+    report.repeats = _repeats(stores)
     report.lengths = {part: np.array(found, np.int64) for part, found in lengths.items()}
     return report
 
@@ -181,17 +185,20 @@ def _texts(record: Record) -> str:
     return " ".join(message.content[:_LOOK] for message in messages if message.role != "system")
 
 
-def _repeats(store: Store) -> list[tuple[str, str]]:
-    """Records whose content an earlier one has, in file order."""
-    contents = store.contents()
-    order = np.argsort(contents, kind="stable")  # equal ones stay in file order
+def _repeats(stores: Sequence[Store]) -> list[tuple[str, str]]:
+    """Records whose content an earlier one has, of the same file or another, in their order."""
+    contents = np.concatenate([np.zeros(0, np.uint64), *(store.contents() for store in stores)])
+    order = np.argsort(contents, kind="stable")  # equal ones stay in order
     ranked = contents[order]
     repeated = np.flatnonzero(ranked[1:] == ranked[:-1]) + 1
-    found = []
-    for at in repeated.tolist():
-        first = int(np.searchsorted(ranked, ranked[at]))
-        found.append((int(order[at]), int(order[first])))
-    return [(store.where(index), store.where(first)) for index, first in sorted(found)]
+    pairs = [(int(order[at]), int(order[np.searchsorted(ranked, ranked[at])])) for at in repeated.tolist()]
+    starts = np.cumsum([0, *map(len, stores)]).tolist()
+
+    def where(index: int) -> str:
+        store = bisect_right(starts, index) - 1
+        return stores[store].where(index - starts[store])
+
+    return [(where(index), where(first)) for index, first in sorted(pairs)]
 
 
 def language(text: str) -> str:

@@ -20,6 +20,10 @@ class _Dropped(Exception):
     """The record doesn't fit; the message is the count that it raises."""
 
 
+class _TooLong(DataError):
+    """The record doesn't fit, and the policy for that is to stop."""
+
+
 @dataclass
 class Grouper:
     """Makes groups of records: one turn for every assistant message that is learnt.
@@ -28,7 +32,8 @@ class Grouper:
     follows it from `Chat.extend`, which gives the tokens of a rollout in which the model had said the same. Assistant
     messages that aren't learnt are part of the next turn's prompt.
 
-    counts: how often a prompt or a reply was cut or a record dropped, over all calls.
+    counts: how often a prompt or a reply was cut or a record dropped, over all calls. refused: index -> why the chat
+    template doesn't take the record, where bad records are skipped.
     """
 
     chat: Chat
@@ -36,6 +41,7 @@ class Grouper:
 
     def __post_init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.refused: dict[int, str] = {}
         limit = self.section.max_length
         limits = [self.section.max_prompt_length, None if limit is None else limit - 1]
         self._prompt_limit = min((value for value in limits if value is not None), default=None)
@@ -52,10 +58,12 @@ class Grouper:
             self.counts[str(dropped)] += 1
             return None
         except DataError as error:
-            if self.section.on_bad_record == "skip":
-                self.counts["refused by the template"] += 1
-                return None
-            raise DataError(f"{record.source}: {error}") from error
+            problem = f"{record.source}: {error}"
+            if self.section.on_bad_record == "error" or isinstance(error, _TooLong):
+                raise DataError(problem) from error
+            self.counts["refused by the template"] += 1
+            self.refused[index] = problem
+            return None
 
     def _group(self, record: Record, index: int) -> Group:
         messages, opening = self._opening(record)
@@ -77,7 +85,7 @@ class Grouper:
             return messages, ids
         policy = self.section.long_prompt
         if policy == "error":
-            raise DataError(
+            raise _TooLong(
                 f"the prompt has {ids.size} tokens, and at most {limit} are allowed; raise data.max_prompt_length or "
                 "data.max_length, or set data.long_prompt"
             )
@@ -119,7 +127,7 @@ class Grouper:
         if limit is None or total <= limit:
             return turns, False
         if self.section.long_reply == "error":
-            raise DataError(
+            raise _TooLong(
                 f"prompt and reply have {total} tokens, and at most {limit} are allowed; raise data.max_length or set "
                 "data.long_reply"
             )
