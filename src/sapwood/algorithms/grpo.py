@@ -28,7 +28,9 @@ from sapwood.types import Group, Row, Trajectory
 class GRPO(PolicyGradient):
     """Group-relative policy optimisation. The defaults are GRPO with DAPO's token-level aggregation."""
 
-    group_size: int = Field(default=8, description="attempts at each task; at least 2")
+    group_size: int = Field(
+        default=8, description="attempts at each task; at least 2", json_schema_extra={"minimum": 2}
+    )
     baseline: Baseline = Field(
         default="mean", description="what a reward is compared with: mean of the group, or leave-one-out (RLOO)"
     )
