@@ -124,7 +124,7 @@ def test_any_model_is_measured_on_a_file(model_dir, pairs):
     assert found is not None
     assert list(found.results) == ["tiny"]
     assert found.results["tiny"]["perplexity"] == pytest.approx(math.exp(found.results["tiny"]["nll"]))
-    with pytest.raises(ConfigError, match="learns from rollouts, so it measures no data"):
+    with pytest.raises(ConfigError, match="learns from rollouts, so it can.t measure data"):
         recipe_for(origin, pairs, "grpo")
 
 

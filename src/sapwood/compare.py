@@ -38,7 +38,7 @@ from sapwood.tree import pack
 from sapwood.types import Ids, Row
 
 BASE, START, TRAINED = "base", "start", "trained"
-#: Records that are measured where neither the recipe nor the call says how many.
+#: Held-out records that are measured where neither the recipe nor the call says how many.
 RECORDS = 256
 #: Files whose whole text is measured, and tokens that one window of it has at most.
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst"})
@@ -97,7 +97,7 @@ def run_eval(
 
     adapters: adapters, checkpoints or runs on the recipe's model; `model.init_from` of the recipe if None, and where
     both are given, `init_from` is what they started from. count: held-out tasks or records; the recipe's eval.tasks
-    and eval.max_samples if None. data: measure every record of this file in place of the held-out ones, or, of a plain
+    and eval.max_samples if None. data: measure all records of this file in place of the held-out ones, or, of a plain
     text, its perplexity. All play the same tasks with the same seeds.
     """
     paths = [adapters] if isinstance(adapters, Path) else list(adapters or ())
@@ -146,7 +146,9 @@ def recipe_for(origin: Origin, data: Path, algorithm: str | None = None) -> Reci
     """A recipe that measures a model on a file: by SFT's loss, or a reward model's, unless an algorithm is named."""
     name = algorithm or ("reward" if origin.head == "scalar" else "sft")
     if plugins.load("algorithm", name).learns_from == "rollouts":
-        raise ConfigError(f"--algorithm {name} learns from rollouts, so it measures no data: choose sft, dpo or reward.")
+        raise ConfigError(
+            f"--algorithm {name} learns from rollouts, so it can't measure data: choose sft, dpo, reward."
+        )
     run = {"dir": "runs/eval", "steps": 1}  # never made: nothing is trained
     made = parse_recipe({"run": run, "data": str(data), "algorithm": {"name": name}})
     return made.model_copy(update={"model": origin.section})
@@ -200,7 +202,8 @@ def _world(recipe: Recipe, count: int | None, data: Path | None, progress: Progr
         raise ConfigError("--data measures a recipe that learns from data; this one plays an env, so leave it out.")
     if recipe.env is not None and data is None:
         family = recipe.build_env()
-    limit = count or recipe.eval.max_samples or RECORDS
+    everything = len(held_out) if data is not None and held_out is not None else RECORDS
+    limit = count or recipe.eval.max_samples or everything
     return _World(recipe, algorithm, family, tasks, held_out, limit)
 
 

@@ -152,7 +152,7 @@ class EvalTable:
                 "-" if result.reply_tokens is None else f"{result.reply_tokens:.1f}",
             )
         measured = {result.name: result.metrics for result in self.results if result.metrics}
-        return Stack(table, _metric_rows(measured, {})) if measured else table
+        return Stack(table, _metric_rows(measured)) if measured else table
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -206,9 +206,9 @@ class MetricTable:
 
     def render(self) -> RenderableType:
         """The table for a terminal."""
-        table = _metric_rows(self.results, self.differences)
+        table = _metric_rows(self.results)
         table.title = self.heading
-        return table
+        return Stack(table, *(_difference_rows(pair, found) for pair, found in self.differences.items()))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -225,17 +225,26 @@ class MetricTable:
         return {"held_out": told}
 
 
-def _metric_rows(
-    results: Mapping[str, Mapping[str, float]], differences: Mapping[tuple[str, str], Mapping[str, Interval]]
-) -> Table:
-    """A row a metric, a column a model, and a column a paired difference."""
+def _metric_rows(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row a metric, a column a model."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("metric", no_wrap=True)
-    for column in (*results, *(f"{ours} - {theirs}" for ours, theirs in differences)):
-        table.add_column(column, justify="right", no_wrap=True)
+    for name in results:
+        table.add_column(name, justify="right", no_wrap=True)
     for metric in dict.fromkeys(key for values in results.values() for key in values):
-        told = [difference(found[metric]) if metric in found else "" for found in differences.values()]
-        table.add_row(metric, *(number(values.get(metric, math.nan)) for values in results.values()), *told)
+        table.add_row(metric, *(number(values.get(metric, math.nan)) for values in results.values()))
+    return table
+
+
+def _difference_rows(pair: tuple[str, str], found: Mapping[str, Interval]) -> Table:
+    """A row a metric, with the paired difference of two models."""
+    records = next(iter(found.values())).n if found else 0
+    table = Table(title=f"{pair[0]} - {pair[1]}, record by record ({records})", box=SIMPLE, pad_edge=False)
+    for column in ("metric", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    for metric, interval in found.items():
+        between = f"{number(interval.lo)} .. {number(interval.hi)}" if interval.n > 1 else "-"
+        table.add_row(metric, f"{interval.mean:+.3f}", between)
     return table
 
 
@@ -412,9 +421,11 @@ def _finite(value: float) -> float | None:
 
 
 def number(value: float) -> str:
-    """Three decimals, more significant ones where they are all zeros; a dash for what is not finite."""
+    """Three decimals, or two digits of a small number; whole thousands without any; a dash for what is not finite."""
     if not math.isfinite(value):
         return "-"
+    if abs(value) >= 1000 and value.is_integer():
+        return f"{value:,.0f}"
     return f"{value:.3f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
