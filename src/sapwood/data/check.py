@@ -104,8 +104,10 @@ class CheckReport:
             lines.append(f"languages: {', '.join(mix)}")
         names = {"0": "min", "50": "median", "100": "max"}
         head = [names.get(str(p), f"{p} %") for p in PERCENTILES]
-        lines.append(f"{'length in ' + self.unit:<22}" + "".join(f"{name:>9}" for name in head))
         for part, found in self.percentiles().items():
+            if head:
+                lines.append(f"{'length in ' + self.unit:<22}" + "".join(f"{name:>9}" for name in head))
+                head = []
             lines.append(f"  {part:<20}" + "".join(f"{value:>9,}" for value in found.values()))
         return lines
 

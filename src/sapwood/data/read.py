@@ -477,5 +477,7 @@ def _load_hub(source: SourceSection) -> Any:
             return datasets.load_dataset(source.path, split=split, revision=source.revision, **way)
         except (ValueError, OSError, RuntimeError, KeyError, DatasetsError) as error:
             problem = problem or error
+            if not isinstance(error, ValueError):  # not of the subset's name: asking again would only wait again
+                break
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")
     raise DataError(f"{source.path}: can't be opened as a hub set ({first[:200]}); {hint}.") from problem
