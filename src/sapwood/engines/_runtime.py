@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -27,6 +26,7 @@ from sapwood.engines._plan import Heads, Plan
 from sapwood.errors import EngineError
 from sapwood.models.forward import tree_obstacle
 from sapwood.models.heads import LogitTransform
+from sapwood.models.quantised import dense_weight
 
 _LEAN = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
@@ -112,9 +112,7 @@ def _base(module: Any) -> Any:
 def _shared_or_merged(module: Any, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """The effective weight [out, in]; the policy's own tensor where nothing is merged and `out` isn't given."""
     base = _base(module)
-    weight: Tensor = base.weight
-    if not (weight.is_floating_point() and weight.shape == (base.out_features, base.in_features)):
-        weight = dequantize_module_weight(base)  # type: ignore[assignment]
+    weight = dense_weight(base)
     names = [] if base is module else _active(module)
     if not names:
         if out is None:

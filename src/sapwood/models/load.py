@@ -371,7 +371,8 @@ def _placed(model: Any, device: torch.device, options: dict[str, Any]) -> Any:
 
 
 def _check_placed(device_map: Any, model: Any) -> None:
-    places = {str(place) for place in model.hf_device_map.values()}
+    # transformers keeps the map where it placed parts of the model, not where all went to one device.
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if len(places) > 1 and places & {"cpu", "disk"}:
         raise ModelError(
             f"model.device_map: {device_map!r} leaves a part of the model on {' and '.join(sorted(places))}, where it "

@@ -31,9 +31,24 @@ def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        dense = dequantize_4bit(weight.data, weight.quant_state)
+        state = weight.quant_state
+        # bitsandbytes' CPU kernel takes blocks row by row, and misreads rows that end within one.
+        whole = weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0
+        dense = dequantize_4bit(weight.data, state) if whole else _four_bits(weight.data, state)
         return dense if dtype is None else dense.to(dtype)
     return weight if dtype is None else weight.to(dtype)
+
+
+def _four_bits(packed: Tensor, state: Any) -> Tensor:
+    """Look the codes up: two a byte, the high half first, scaled block by block over the flattened weight."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scale = state.absmax
+    if state.nested:
+        scale = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1).long()
+    values = state.code[codes][: state.shape.numel()]
+    return (values * scale.repeat_interleave(state.blocksize)[: len(values)]).reshape(state.shape).to(state.dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):
