@@ -183,9 +183,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "min_delta": "What counts as an improvement.",
     },
     "checkpoint": {"every": "Steps between checkpoints; 0: at the end only.", "keep": "The newest that stay."},
-    "samples": {
-        "every": "Steps between files of samples; 0: none. Every step of rollouts, none of data, unless given."
-    },
+    "samples": {"every": "Steps between files of samples; 0: none. Unless given, 1 for rollouts and 0 for data."},
 }
 
 
