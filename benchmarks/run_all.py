@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import data_throughput
 import dpo_step
 import group_size
 import grpo_step
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Options], None]] = {
     "dpo_step": dpo_step.run,
     "ppo_step": ppo_step.run,
     "hvac_steps": hvac_steps.run,
+    "data_throughput": data_throughput.run,
 }
 
 
