@@ -136,6 +136,8 @@ def test_the_heading_names_the_options():
 class Recipe(SimpleNamespace):
     """The parts of a recipe that evaluation reads."""
 
+    env, data, plays = {"name": "guess"}, None, True
+
     def build_env(self):
         return self.family
 

@@ -24,6 +24,8 @@ from scipy.special import stdtrit
 
 from sapwood.chat import Chat
 from sapwood.config import Recipe
+from sapwood.data.dataset import open_data
+from sapwood.data.prompts import DataPrompts
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily, Split
 from sapwood.errors import ConfigError
@@ -362,9 +364,15 @@ def run_rollout(
     out: a JSONL file for one record per episode; it appears once all were played. Raises StorageError where it can't
     be written.
     """
-    family, rewards, sampling = recipe.build_env(), recipe.build_rewards(), recipe.sampling()
+    family, rewards, sampling = _family(recipe, progress), recipe.build_rewards(), recipe.sampling()
     tasks = family.tasks(split, count, recipe.run.seed)
     policy = load_policy(recipe.model)
+    if rewards:
+        from sapwood.models.roles import Models
+
+        models = Models(policy)
+        for reward in rewards:
+            reward.bind(models)
     engine, chat = build_engine(recipe, policy), build_chat(policy, recipe.model)
     members = int(recipe.algorithm.get("group_size", 1))
     played: list[Group] = []
@@ -388,6 +396,14 @@ def run_rollout(
                 lines.write({**record, "group": record["group"] + first})
             played += groups
     return summarise(split, played)
+
+
+def _family(recipe: Recipe, progress: Progress | None) -> EnvFamily:
+    """The world to play: the recipe's, or the prompts of its data where an algorithm learns from rollouts on them."""
+    if recipe.env is not None or recipe.data is None or not recipe.plays:
+        return recipe.build_env()
+    train, held_out = open_data(recipe.data, "rollouts", recipe.run.seed, progress)
+    return DataPrompts(train=train, held_out=held_out)
 
 
 def _shifted(progress: Progress, name: str, before: int, total: int) -> Callable[[int, int], None]:
