@@ -276,9 +276,9 @@ class CheckpointSection(Section):
 
 
 class SamplesSection(Section):
-    """every: steps between files of samples, 0 for none."""
+    """every: steps between files of what was learnt from, 0 for none; 1 for rollouts and 0 for data unless given."""
 
-    every: Count = 1
+    every: Count | None = None
 
 
 class Recipe(Section):
@@ -343,9 +343,16 @@ class Recipe(Section):
 
     def build_metrics(self) -> list[Metric]:
         """The further metrics of evaluation, in order. Raises ConfigError."""
-        return [
+        metrics = [
             _build("metric", item, ("eval", "metrics", index), Metric) for index, item in enumerate(self.eval.metrics)
         ]
+        several = [item["name"] for item, metric in zip(self.eval.metrics, metrics, strict=True) if metric.attempts > 1]
+        if several and self.eval.temperature == 0:
+            raise ConfigError(
+                f"eval.metrics: {several[0]} wants several attempts at a task, but eval.temperature is 0, so they "
+                "would all be the same; set eval.temperature=1.0."
+            )
+        return metrics
 
     def sampling(self) -> Sampling:
         """The part of the `engine` section that every engine shares."""
@@ -400,6 +407,9 @@ def _parse(source: Source) -> Recipe:
 
     algorithm = _build("algorithm", recipe.algorithm, ("algorithm",), Algorithm, source)
     recipe = _with_defaults(recipe, algorithm, source)
+    if recipe.samples.every is None:
+        saved = SamplesSection(every=1 if algorithm.learns_from == "rollouts" else 0)
+        recipe = recipe.model_copy(update={"samples": saved})
     resolved: dict[str, Any] = {
         "algorithm": {"name": recipe.algorithm["name"], **_plain(algorithm, ("algorithm",), source)},
         "eval": recipe.eval.model_copy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +53,10 @@ class Source(ABC):
 
     def metrics(self) -> dict[str, float]:
         """What to log about the last groups."""
+        return {}
+
+    def counts(self) -> Mapping[str, int]:
+        """What was cut or left out over the whole run."""
         return {}
 
 
@@ -121,8 +125,12 @@ class Records(Source):
         return [group for group in found if group is not None]
 
     def metrics(self) -> dict[str, float]:
-        """epoch: passes over the data so far is left to the loop; dropped: records that didn't fit."""
+        """dropped_records: those of the last step that the limits on length left out."""
         return {"dropped_records": float(self._dropped)}
+
+    def counts(self) -> Mapping[str, int]:
+        """Records cut or dropped by the limits on length."""
+        return self.grouper.counts
 
     def _group(self, position: int) -> Group | None:
         epoch, at = divmod(position, len(self.dataset))

@@ -158,6 +158,8 @@ class Trainer:
             if last:
                 break
         self.progress.stop()
+        for what, count in self.parts.source.counts().items():
+            self.progress.note(f"data: {what}: {count:,}")
         assert saved is not None
         return self._result(saved)
 
