@@ -12,7 +12,7 @@ from torch import nn
 from sapwood.config import LoraSection, ModelSection
 from sapwood.errors import MissingExtra, ModelError
 from sapwood.models import load
-from sapwood.models.forward import causal_lm, uses_tree
+from sapwood.models.forward import causal_lm, tree_obstacle, uses_tree
 from sapwood.models.load import find_adapter, load_policy, pick_device, resolve
 from sapwood.models.lora import FusedLoraLinear, fuse_lora
 from sapwood.models.roles import Models
@@ -160,6 +160,39 @@ def test_plain_rows_where_the_tree_cannot_serve(model_dir, monkeypatch):
     assert policy.fallback == "it has mamba layers"
     assert not uses_tree(policy.model)
     assert uses_tree(tree_copy(causal_lm(policy.model)))
+
+
+def test_large_models_are_placed_and_cached_as_asked(model_dir, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = {}
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        opened = kind.from_pretrained
+
+        def spy(source, _kind=kind, _opened=opened, **options):
+            asked[_kind.__name__] = options
+            return _opened(source, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", spy)
+    policy = load_policy(ModelSection(name=str(model_dir), cache_dir=tmp_path, device_map="cpu"))
+    assert asked["AutoModelForCausalLM"]["cache_dir"] == asked["AutoTokenizer"]["cache_dir"] == tmp_path
+    assert asked["AutoModelForCausalLM"]["device_map"] == "cpu"
+    assert policy.device.type == "cpu"
+    assert policy.fallback is None
+
+
+def test_a_device_map_that_cannot_be_trained_on(model_dir, monkeypatch):
+    policy = load_policy(ModelSection(name=str(model_dir), lora=None))
+    policy.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "cpu"}
+    with pytest.raises(ModelError, match=r"model\.device_map: 'auto' leaves a part of the model on 0 and cpu"):
+        load._check_placed("auto", policy.model)
+    policy.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
+    load._check_placed("auto", policy.model)
+    assert tree_obstacle(policy.model) == "its layers are spread over several devices"
+    found = load.importlib.util.find_spec
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
+    with pytest.raises(MissingExtra, match=r"model\.device_map needs the package 'accelerate'"):
+        load_policy(ModelSection(name=str(model_dir), device_map="auto"))
 
 
 @pytest.mark.smollm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -385,8 +384,6 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         raise MissingExtra("bitsandbytes", "quantize", f"model.quantize: {kind}")
     from transformers import BitsAndBytesConfig
 
-    # bitsandbytes tells of casts and of kernels that the dequantised product doesn't use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     heads = ["lm_head", "embed_out", "score"]
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=heads)
