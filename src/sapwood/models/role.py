@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -63,8 +62,3 @@ def obey_roles(model: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module) and not isinstance(module, _ObeysRole):
             # Still PEFT's layer in every respect but these two answers.
             object.__setattr__(module, "__class__", _obedient(type(module)))
-
-
-def adapter_names(model: Any) -> list[str]:
-    """Adapters of a PEFT model, in the order they came."""
-    return list(model.peft_config)
