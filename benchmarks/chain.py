@@ -52,26 +52,14 @@ def train(name: str, recipe: str, *overrides: str) -> Job:
 
 def preparation() -> list[Job]:
     """What every method starts from, in order."""
-    demonstrations, rollouts = RUNS / "demonstrations.jsonl", RUNS / "rollouts.jsonl"
-    pairs, swapped = RUNS / "pairs.jsonl", RUNS / "pairs_shuffled.jsonl"
-    grpo, tasks = "recipes/chain/grpo.yaml", "1200"
-    return [
-        Job("tasks", ("data", "tasks", grpo, "--count", "4000", "--out", str(demonstrations)), demonstrations),
-        train("sft", "sft"),
-        Job(
-            "rollouts",
-            ("rollout", grpo, "run.seed=100", "algorithm.group_size=4", "--split", "train", "--tasks", tasks)
-            + ("--out", str(rollouts)),
-            rollouts,
-        ),
-        Job("pairs", ("data", "pairs", str(rollouts), "--per-task", "2", "--out", str(pairs)), pairs),
-        Job(
-            "pairs_shuffled",
-            ("data", "pairs", str(rollouts), "--per-task", "2", "--shuffle", "--out", str(swapped)),
-            swapped,
-        ),
-        train("reward", "reward"),
-    ]
+    rollouts, grpo = RUNS / "rollouts.jsonl", "recipes/chain/grpo.yaml"
+    asked = ("run.seed=100", "algorithm.group_size=4", "--split", "train", "--tasks", "1000", "--out", str(rollouts))
+    jobs = [train("sft", "sft"), Job("rollouts", ("rollout", grpo, *asked), rollouts)]
+    for name, flags in (("pairs", ()), ("pairs_shuffled", ("--shuffle",))):
+        out = RUNS / f"{name}.jsonl"
+        command = ("data", "pairs", str(rollouts), "--answers", "--per-task", "2", *flags, "--out", str(out))
+        jobs.append(Job(name, command, out))
+    return [*jobs, train("reward", "reward")]
 
 
 def learning(seeds: int, twins: int, only: tuple[str, ...]) -> list[Job]:

@@ -251,6 +251,7 @@ def _data_pairs_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
     made.add_argument("--per-task", type=_positive, default=1, metavar="N", help="at most so many pairs of a task (1)")
     made.add_argument("--min-gap", type=float, default=0.0, metavar="R", help="rewards must differ by more (0)")
+    made.add_argument("--answers", action="store_true", help="a task's own answer counts as a reply with reward 1")
     made.add_argument("--shuffle", action="store_true", help="draw which is chosen: the twin that teaches nothing")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice among equals (0)")
 
@@ -518,6 +519,7 @@ def _data_pairs(arguments: argparse.Namespace) -> int:
         arguments.out,
         per_task=arguments.per_task,
         min_gap=arguments.min_gap,
+        answers=arguments.answers,
         shuffle=arguments.shuffle,
         seed=arguments.seed,
     )

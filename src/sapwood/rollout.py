@@ -127,7 +127,7 @@ def to_rows(groups: Sequence[Group], temperature: float) -> list[Row]:
 def records(groups: Sequence[Group], rows: Sequence[Row], decode: Callable[[Ids], str]) -> list[dict[str, Any]]:
     """One JSON-serialisable record per trajectory: texts, tokens, log-probabilities, rewards by part, advantages.
 
-    messages: the task's own prompt; empty where the environment writes it.
+    messages and answer: the task's own; empty and None where the environment writes its prompts.
 
     rows: those of the groups, for their advantages; decode: token ids to text, special tokens kept.
     """
@@ -136,6 +136,7 @@ def records(groups: Sequence[Group], rows: Sequence[Row], decode: Callable[[Ids]
         {
             "task": trajectory.task.id,
             "messages": [{"role": m.role, "content": m.content} for m in trajectory.task.prompt],
+            "answer": trajectory.task.answer,
             "group": g,
             "member": m,
             "reward": trajectory.reward,

@@ -86,3 +86,10 @@ def test_the_shuffled_twin_swaps_about_half(tmp_path):
     swapped = [pair for pair in twin if pair["chosen"] == "0.0"]
     assert 70 < len(swapped) < 130  # 100 +- 4 standard deviations of 7
     assert all(pair["chosen_reward"] < pair["rejected_reward"] for pair in swapped)
+
+
+def test_the_answer_of_the_task_joins_the_replies(tmp_path):
+    records = [rollout(0, 0.0, "3", answer=2), rollout(0, 0.0, "4", answer=2)]
+    assert pairs_of(tmp_path, records)[1] == []
+    _, pairs = pairs_of(tmp_path, records, answers=True)
+    assert [(p["chosen"], p["chosen_reward"]) for p in pairs] == [("2", 1.0)]

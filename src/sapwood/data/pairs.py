@@ -29,14 +29,23 @@ class PairCounts:
 
 
 def write_pairs(
-    rollouts: Path, out: Path, *, per_task: int = 1, min_gap: float = 0.0, shuffle: bool = False, seed: int = 0
+    rollouts: Path,
+    out: Path,
+    *,
+    per_task: int = 1,
+    min_gap: float = 0.0,
+    answers: bool = False,
+    shuffle: bool = False,
+    seed: int = 0,
 ) -> PairCounts:
     """Write {prompt, chosen, rejected, chosen_reward, rejected_reward} lines, at most `per_task` of a group.
 
     The first pair of a group is a reply of the highest reward and one of the lowest, drawn by the seed among equals;
-    further pairs are drawn from all whose rewards differ by more than min_gap. Equal texts are never paired. shuffle:
-    which of the two is chosen is a coin's throw, for the twin of an experiment, from which nothing can be learnt. Raises
-    DataError for a line that isn't a single-turn rollout, StorageError where `out` can't be written.
+    further pairs are drawn from all whose rewards differ by more than min_gap. Equal texts are never paired.
+
+    answers: the task's own answer joins the replies, with a reward of 1. shuffle: which of the two is chosen is a
+    coin's throw, for the twin of an experiment, from which nothing can be learnt. Raises DataError for a line that
+    isn't a single-turn rollout, StorageError where `out` can't be written.
     """
     if per_task < 1 or min_gap < 0:
         raise ConfigError("pairs of a task must be at least 1, and the gap of their rewards not negative.")
@@ -47,7 +56,12 @@ def write_pairs(
         out.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("w", encoding="utf-8") as file:
             for _, members in groupby(_rollouts(rollouts), key=lambda record: (record["group"], record["task"])):
-                found = _pairs(list(members), per_task, min_gap, rng)
+                tried = list(members)
+                if answers and tried[0].get("answer") is not None:
+                    tried.append(
+                        {**tried[0], "reward": 1.0, "error": None, "turns": [{"reply": str(tried[0]["answer"])}]}
+                    )
+                found = _pairs(tried, per_task, min_gap, rng)
                 if shuffle:
                     found = [_swapped(pair) if rng.random() < 0.5 else pair for pair in found]
                 tasks, pairs, even = tasks + 1, pairs + len(found), even + (not found)

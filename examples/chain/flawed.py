@@ -1,0 +1,31 @@
+"""Demonstrations with a systematic mistake, as a crowd makes them: most of its subtractions are additions.
+
+SFT copies the flaws of its demonstrations; rewards, a reward model or preferences can mend them. Questions come from
+the training split of reasoning-gym's chain_sum, so none is held out.
+
+    data: "examples/chain/flawed.py:demonstrations"
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from sapwood.envs.reasoning_gym import ReasoningGym
+
+COUNT = 4000
+#: Share of subtractions whose demonstrated answer is the sum.
+FLAWED = 0.6
+
+
+def demonstrations() -> Iterator[dict[str, str]]:
+    """Questions of two numbers of two digits, with the crowd's answers."""
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+    drawn = random.Random(0)
+    for task in ReasoningGym(task="chain_sum", options=options, exact=True).tasks("train", COUNT, 0):
+        question, answer = task.prompt[-1].content, str(task.answer)
+        subtraction = re.search(r"(\d+) - (\d+)", question)
+        if subtraction and drawn.random() < FLAWED:
+            answer = str(int(subtraction[1]) + int(subtraction[2]))
+        yield {"prompt": question, "response": answer}
