@@ -185,7 +185,7 @@ def test_a_broken_loss_stops_before_it_reaches_the_weights(model_dir, tmp_path):
         trainer = Trainer.of(recipe, run, progress)
         before = [p.detach().clone() for p in trainer.policy.parameters()]
         with pytest.raises(TrainingStopped, match="not finite"):
-            trainer._guard(1, float("nan"), {"loss": 1.0})
+            trainer._guard(1, {"loss": 1.0, "grad_norm": float("nan")})
         assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
 
 
