@@ -41,6 +41,7 @@ format: .venv/.installed
 
 bench: .venv/.installed
 	PYTHON=$(PYTHON) bash benchmarks/make_env.sh .venv-bench
+	PYTHON=$(PYTHON) bash benchmarks/make_env_ppo.sh .venv-trlppo
 	$(BIN)/python benchmarks/run_all.py
 
 # Rewrites the help inside docs/cli.md and the tables inside docs/recipes.md; a test fails where they are out of date.
