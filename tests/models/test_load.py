@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sapwood import checkpoint
 from sapwood.config import LoraSection, ModelSection
 from sapwood.errors import MissingExtra, ModelError
 from sapwood.models import load
@@ -17,7 +18,7 @@ from sapwood.models.load import find_adapter, load_policy, pick_device, resolve
 from sapwood.models.lora import FusedLoraLinear, fuse_lora
 from sapwood.models.roles import Models
 from sapwood.ops.batch import Needs
-from tests.conftest import random_rows, tree_copy
+from tests.conftest import make_row, random_rows, tree_copy
 from tests.learning import save_tiny_model
 
 
@@ -191,7 +192,7 @@ def test_a_device_map_that_cannot_be_trained_on(model_dir, monkeypatch):
     assert tree_obstacle(policy.model) == "its layers are spread over several devices"
     found = load.importlib.util.find_spec
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
-    with pytest.raises(MissingExtra, match=r"model\.device_map needs the package 'accelerate'"):
+    with pytest.raises(ModelError, match=r"model\.device_map needs the package 'accelerate'.*: pip install accelerate"):
         load_policy(ModelSection(name=str(model_dir), device_map="auto"))
 
 
@@ -211,3 +212,34 @@ def test_the_bundled_model_answers():
     sampling = Sampling(temperature=0.0, max_new_tokens=12, stop_token_ids=tuple(chat.end_token_ids))
     [reply] = LocalEngine(policy, policy.tokenizer).generate([Request(0, prompt, sampling, seed=0, episode="e")])
     assert "Paris" in chat.decode(reply.token_ids)
+
+
+def test_an_adapter_on_a_trained_model_names_that_model_and_opens_on_it(model_dir, tmp_path):
+    trained = tmp_path / "sft" / "checkpoints" / "step_000003" / "policy"
+    save_tiny_model(trained, seed=5)
+    section = ModelSection(name=str(model_dir), init_from=tmp_path / "sft", lora=LoraSection(rank=2))
+    policy = load_policy(section)
+    assert policy.public_name == str(trained.resolve())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05)
+    checkpoint.save(policy, tmp_path / "dpo", 1, keep=1)
+    # Named by the model it started from, as the recipe of the next run does; the base is the trained one all the same.
+    again = load_policy(ModelSection(name=str(model_dir), init_from=tmp_path / "dpo"))
+    rows = [make_row([1, 5, 9, 4], [1, 2, 3])]
+    first, second = (Models(p).forward(rows).logprobs.detach() for p in (policy, again))
+    assert torch.equal(first, second)
+
+
+def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path):
+    policy = load_policy(ModelSection(name=str(model_dir), lora=LoraSection(rank=2)))
+    checkpoint.save(policy, tmp_path / "run", 1, keep=1)
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(ModelError, match=f"was trained on {model_dir}, not on {other}; set model.name={model_dir}"):
+        load_policy(ModelSection(name=str(other), init_from=tmp_path / "run"))
+
+
+def test_nothing_drops_out_before_the_first_update(model_dir):
+    policy = load_policy(ModelSection(name=str(model_dir), lora=LoraSection(rank=2, dropout=0.5)))
+    models = Models(policy)
+    assert not any(module.training for module in models.policy.model.modules())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sapwood import checkpoint
 from sapwood.config import CriticSection, LoraSection, ModelSection
 from sapwood.errors import ModelError
 from sapwood.models.adapters import POLICY, add_adapter, lora_config, named_adapter
@@ -312,3 +313,16 @@ def test_copies_of_a_model_keep_their_roles(model_dir):
         with role(adapter), torch.no_grad():
             assert torch.equal(Hidden.of(twin, batch).nodes, Hidden.of(models.policy.model, batch).nodes)  # type: ignore[arg-type]
     assert isinstance(twin, nn.Module)
+
+
+def test_a_critic_goes_on_on_the_base_that_its_adapter_was_trained_on(model_dir, tmp_path):
+    other = save_tiny_model(tmp_path / "other", seed=4)
+    start = load_policy(ModelSection(name=str(other), lora=LoraSection(rank=3)), head="scalar")
+    checkpoint.save(start, tmp_path / "reward", 1, keep=1)
+    section = ModelSection(name=str(model_dir), lora=LoraSection(rank=4))
+    policy = load_policy(section)
+    critic = build_critic(policy, CriticSection(init_from=tmp_path / "reward"), section)
+    assert critic.kind == "model"
+    assert critic.policy.public_name == str(other)
+    with pytest.raises(ModelError, match=r"critic\.lora has no effect"):
+        build_critic(policy, CriticSection(init_from=tmp_path / "reward", lora=LoraSection(rank=9)), section)

@@ -22,6 +22,7 @@ from sapwood.models.load import (
     Policy,
     find_adapter,
     is_adapter,
+    known_name,
     load_policy,
     public_name,
     scalar_head,
@@ -140,6 +141,7 @@ def _adapter_critic(policy: Policy, section: CriticSection, seed: int) -> Critic
                 f"critic.init_from: {start} is an adapter of {file.base}, and the policy's base is "
                 f"{policy.public_name}; set critic.kind: model."
             )
+        _check_no_lora(section, start)
     config = policy.model.peft_config[POLICY]
     if file is not None:
         config = file.config
@@ -155,9 +157,21 @@ def _adapter_critic(policy: Policy, section: CriticSection, seed: int) -> Critic
     return Critic("adapter", policy.view(CRITIC), head)
 
 
+def _check_no_lora(section: CriticSection, start: Path) -> None:
+    if section.lora is not None:
+        raise ModelError(
+            f"critic.lora has no effect: critic.init_from goes on with the adapter {start}, which has a rank of its "
+            "own; remove critic.lora."
+        )
+
+
 def _own_model(policy: Policy, section: CriticSection, model: ModelSection, seed: int) -> Critic:
     lora = section.lora or model.lora
     name, init_from, role = section.name or model.name, section.init_from, CRITIC
+    if init_from is not None and is_adapter(start := find_adapter(init_from.expanduser(), CRITIC)):
+        _check_no_lora(section, start)
+        if section.name is None:
+            name = known_name(AdapterFile.read(start).base)
     if section.name is None and init_from is None:
         init_from, role = model.init_from, "policy"  # what the policy starts from
     choice = ModelChoice.like(model, name=name, init_from=init_from, lora=lora)

@@ -358,7 +358,10 @@ def _options(
     if device_map is not None:
         options["device_map"] = device_map
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
-        raise MissingExtra("accelerate", "quantize", "model.device_map" if device_map else "model.quantize")
+        raise ModelError(
+            f"{'model.device_map' if device_map else 'model.quantize'} needs the package 'accelerate', which this "
+            "installation lacks: pip install accelerate"
+        )
     return options
 
 
@@ -432,7 +435,9 @@ def load_policy(
             "under critic or rewards, or start from the adapter that it was made from."
         )
     whole = start is not None and file is None
-    source = str(start) if whole else section.name
+    # What an adapter made here is trained on, and has to be opened on again.
+    base = str(start.resolve()) if start is not None and whole else _base(file, section.name)
+    source = section.name if base == public_name(section.name) else base
     if not scalar:
         _check_language_model(source)
     where = (device, dtype, section.quantize, section.trust_remote_code, section.cache_dir, section.device_map)
@@ -448,6 +453,7 @@ def load_policy(
         enable_tree(model)
     if file is not None or section.lora is not None:
         model = _with_adapter(model, section, file, seed, scalar)
+        model.peft_config[POLICY].base_model_name_or_path = base
     if section.gradient_checkpointing:
         causal_lm(model).gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recompute_contexts}
@@ -458,7 +464,7 @@ def load_policy(
         tokenizer=tokenizer,
         device=causal_lm(model).get_input_embeddings().weight.device,
         max_context=int(getattr(config, "max_position_embeddings", 0) or 2048),
-        public_name=public_name(section.name),
+        public_name=base,
         fallback=fallback,
         starts_at_base=file is None and (section.lora is not None or not whole),
         trained_head=trained_head or (scalar and file is not None and file.head is not None),
@@ -482,8 +488,34 @@ def _with_adapter(model: Any, section: ModelSection, file: AdapterFile | None, s
         scalar_head(model).float()
     if file is not None:
         fill_adapter(model, POLICY, file)
-    model.peft_config[POLICY].base_model_name_or_path = public_name(section.name)
     return model
+
+
+def _base(file: AdapterFile | None, name: str) -> str:
+    """The public name of what to load: `name`, or the folder of a run that the adapter was trained on.
+
+    Raises ModelError where the adapter was trained on another model than `name`, on which it would mean nothing. A hub
+    id and a folder may be the same model, so only two of a kind are compared.
+    """
+    mine = public_name(name)
+    if file is None or file.base == mine:
+        return mine
+    theirs = Path(file.base).expanduser()
+    if theirs.name == "policy" and theirs.parent.name.startswith("step_"):
+        if theirs.is_dir():
+            return file.base
+        different = True
+    elif Path(mine).expanduser().is_dir() and theirs.is_dir():
+        different = Path(mine).expanduser().resolve() != theirs.resolve()
+    else:
+        local = (Path(mine).expanduser().is_dir(), theirs.is_dir() or theirs.is_absolute())
+        different = not any(local)
+    if different:
+        raise ModelError(
+            f"model.init_from: the adapter {file.folder} was trained on {file.base}, not on {name}; "
+            f"set model.name={known_name(file.base)}."
+        )
+    return mine
 
 
 def set_pad_token(tokenizer: Any, config: Any) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sapwood.errors import ModelError
-from sapwood.models.adapters import POLICY, copy_adapter
+from sapwood.models.adapters import POLICY, AdapterFile, adapter_parameters, add_adapter, copy_adapter, fill_adapter
 from sapwood.models.critic import Critic, CriticSection, build_critic
 from sapwood.models.forward import Batch, Hidden, mixed_precision, token_scores
-from sapwood.models.load import Policy, is_classifier, scalar_head
+from sapwood.models.load import Policy, find_adapter, is_adapter, is_classifier, scalar_head
 from sapwood.models.role import BASE, role
 from sapwood.ops.batch import Forward, Needs
 from sapwood.types import Row
@@ -65,6 +66,7 @@ class Models:
             self.reference = _at_start(policy)
         if self.reference is not None:
             self.reference.model.eval()
+        self.eval()  # PEFT makes its layers in training mode, and rollouts come before the first update
 
     def forward(self, rows: Sequence[Row], needs: Needs | None = None) -> Forward:
         """The training forward of a micro-batch: what `needs` asks for, with gradients."""
@@ -166,6 +168,22 @@ def _fill(rows: Sequence[Row], name: str, packed: Tensor) -> None:
     parts = packed.float().cpu().split([row.scored for row in rows])
     for row, part in zip(rows, parts, strict=True):
         setattr(row, name, np.asarray(part.numpy()))
+
+
+def reference_on(policy: Policy, start: Path) -> Policy | None:
+    """The adapter at `start` (a run, checkpoint or adapter) frozen beside the policy's, or None where it has another
+    base than the policy and needs a model of its own. Raises ModelError where there is nothing."""
+    folder = find_adapter(start.expanduser())
+    if not (policy.has_lora and is_adapter(folder)):
+        return None
+    file = AdapterFile.read(folder)
+    if file.base != policy.public_name or not file.shareable or file.is_classifier:
+        return None
+    add_adapter(policy.model, REFERENCE, file.config, seed=0)
+    fill_adapter(policy.model, REFERENCE, file)
+    for parameter in adapter_parameters(policy.model, REFERENCE):
+        parameter.requires_grad_(False)
+    return policy.view(REFERENCE)
 
 
 def _at_start(policy: Policy) -> Policy:
