@@ -1,4 +1,4 @@
-"""Demonstrations with a systematic mistake, as a crowd makes them: most of its subtractions are additions.
+"""Demonstrations with systematic mistakes, as a crowd makes them: signs and hundreds are often forgotten.
 
 SFT copies the flaws of its demonstrations; rewards, a reward model or preferences can mend them. Questions come from
 the training split of reasoning-gym's chain_sum, so none is held out.
@@ -9,13 +9,12 @@ the training split of reasoning-gym's chain_sum, so none is held out.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 
 from sapwood.envs.reasoning_gym import ReasoningGym
 
 COUNT = 4000
-#: Share of subtractions whose demonstrated answer is the sum.
+#: Share of differences below zero and of sums of a hundred and more whose answer is demonstrated without its first sign.
 FLAWED = 0.6
 
 
@@ -25,7 +24,6 @@ def demonstrations() -> Iterator[dict[str, str]]:
     drawn = random.Random(0)
     for task in ReasoningGym(task="chain_sum", options=options, exact=True).tasks("train", COUNT, 0):
         question, answer = task.prompt[-1].content, str(task.answer)
-        subtraction = re.search(r"(\d+) - (\d+)", question)
-        if subtraction and drawn.random() < FLAWED:
-            answer = str(int(subtraction[1]) + int(subtraction[2]))
+        if len(answer) == 3 and drawn.random() < FLAWED:
+            answer = answer[1:].lstrip("0") or "0"  # -17 becomes 17, and 134 becomes 34
         yield {"prompt": question, "response": answer}
