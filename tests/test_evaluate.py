@@ -17,6 +17,7 @@ from sapwood.errors import BudgetError, ConfigError, DataError, StorageError
 from sapwood.evaluate import (
     EvalResult,
     EvalTable,
+    MetricTable,
     evaluate_baselines,
     evaluate_policy,
     heading,
@@ -101,6 +102,18 @@ def text_of(table):
     console = Console(file=io.StringIO(), width=150)
     console.print(table.render())
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_heading_stands_above_the_table_as_wide_as_the_terminal():
+    heading = "sums [2 digits] from a file with a name: 4 held-out tasks, greedy, 16 tokens"  # 76 columns
+    lines = text_of(EvalTable(heading, (EvalResult("base", {"a": 1.0}),))).splitlines()
+    assert lines[0].rstrip() == heading
+    compared = MetricTable(
+        heading, {"a": {"loss": 1.0}, "b": {"loss": 2.0}}, {n: {"1": {"loss": 1.0}} for n in "ab"}, "a"
+    )
+    lines = [line.rstrip() for line in text_of(compared).splitlines()]
+    assert lines[0] == heading
+    assert "b - a, record by record (1)" in lines
 
 
 def test_the_table_says_what_was_measured():
@@ -242,3 +255,12 @@ def test_a_template_file_takes_the_place_of_the_tokenizers(tmp_path):
     assert list(built.end_token_ids) == [TOK.convert_tokens_to_ids("<|eot_id|>")]
     with pytest.raises(DataError, match=r"model.chat_template: .*none.jinja can't be read"):
         opening.build_chat(policy, ModelSection(chat_template=tmp_path / "none.jinja"))  # type: ignore[arg-type]
+
+
+def test_a_world_that_pays_is_not_judged_by_the_rewards():
+    # Whatever the reward model says, the wrong reply earned 0 in the world; a world that only asks has rewards alone.
+    task = Task("a")
+    wrong = Trajectory(task, [], reward=-2.0, reward_parts={"reward_model": -2.0})
+    assert summarise("x", [Group(task, [wrong])]).returns == {"a": 0.0}
+    assert summarise("x", [Group(task, [wrong])], by_reward=True).returns == {"a": -2.0}
+    assert not Prompts.pays

@@ -20,6 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 from scipy.special import stdtrit
 
 from sapwood.chat import Chat
@@ -139,7 +140,7 @@ class EvalTable:
 
     def render(self) -> RenderableType:
         """The table for a terminal; what else was measured of the replies stands in a table below."""
-        table = Table(title=self.heading, caption=self._caption(), caption_justify="left", box=SIMPLE, pad_edge=False)
+        table = Table(box=SIMPLE, pad_edge=False)
         table.add_column("policy", no_wrap=True)
         for column in ("mean return", "95 % interval", "tasks", "parsed", "tokens"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -154,7 +155,8 @@ class EvalTable:
                 "-" if result.reply_tokens is None else f"{result.reply_tokens:.1f}",
             )
         measured = {result.name: result.metrics for result in self.results if result.metrics}
-        return Stack(table, _metric_rows(measured)) if measured else table
+        below = [_metric_rows(measured)] if measured else []
+        return Stack(Text(self.heading), table, *map(Text, self._comparisons()), *below)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -166,12 +168,11 @@ class EvalTable:
             "differences": told,
         }
 
-    def _caption(self) -> str | None:
-        lines = [
+    def _comparisons(self) -> list[str]:
+        return [
             f"{ours} - {theirs}, task by task: {difference(interval)} over {interval.n} tasks"
             for (ours, theirs), interval in self.differences.items()
         ]
-        return "\n".join(lines) or None
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,8 @@ class MetricTable:
 
     def render(self) -> RenderableType:
         """The table for a terminal."""
-        table = _metric_rows(self.results)
-        table.title = self.heading
-        return Stack(table, *(_difference_rows(pair, found) for pair, found in self.differences.items()))
+        compared = [part for pair, found in self.differences.items() for part in _difference_rows(pair, found)]
+        return Stack(Text(self.heading), _metric_rows(self.results), *compared)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -238,16 +238,16 @@ def _metric_rows(results: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def _difference_rows(pair: tuple[str, str], found: Mapping[str, Interval]) -> Table:
-    """A row a metric, with the paired difference of two models."""
+def _difference_rows(pair: tuple[str, str], found: Mapping[str, Interval]) -> tuple[Text, Table]:
+    """A heading, and a row a metric with the paired difference of two models."""
     records = next(iter(found.values())).n if found else 0
-    table = Table(title=f"{pair[0]} - {pair[1]}, record by record ({records})", box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     for column in ("metric", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for metric, interval in found.items():
         between = f"{number(interval.lo)} .. {number(interval.hi)}" if interval.n > 1 else "-"
         table.add_row(metric, f"{interval.mean:+.3f}", between)
-    return table
+    return Text(f"{pair[0]} - {pair[1]}, record by record ({records})"), table
 
 
 def _difference_json(pair: tuple[str, str], interval: Interval) -> dict[str, Any]:
@@ -290,18 +290,22 @@ def evaluate_policy(
         rewards=rewards,
         progress=progress and (lambda done, total: progress(name, done, total)),
     )
-    result = summarise(name, groups)
+    result = summarise(name, groups, by_reward=not family.pays)
     measured: dict[str, float] = {}
     for metric in metrics:
         measured |= metric.compute(groups)
     return replace(result, metrics={**result.metrics, **measured})
 
 
-def summarise(name: str, groups: Sequence[Group]) -> EvalResult:
-    """The result of episodes already played; the members of a group are averaged."""
+def summarise(name: str, groups: Sequence[Group], *, by_reward: bool = False) -> EvalResult:
+    """The result of episodes already played; the members of a group are averaged.
+
+    by_reward: the world pays nothing itself, so the weighted reward stands for the return.
+    """
     returns: dict[str, float] = {}
     for group in groups:
-        played = [_physical_return(t) for t in group.trajectories if t.error is None]
+        valid = [t for t in group.trajectories if t.error is None]
+        played = [t.reward if by_reward else _physical_return(t) for t in valid]
         if played:
             returns[group.task.id] = math.fsum(played) / len(played)
     trajectories = [t for group in groups for t in group.trajectories]
@@ -395,7 +399,7 @@ def run_rollout(
             for record in records(groups, (), _decode_with_controls(chat)):
                 lines.write({**record, "group": record["group"] + first})
             played += groups
-    return summarise(split, played)
+    return summarise(split, played, by_reward=not family.pays)
 
 
 def _family(recipe: Recipe, progress: Progress | None) -> EnvFamily:
@@ -415,11 +419,6 @@ def _decode_with_controls(chat: Chat) -> Callable[[Ids], str]:
 
 
 def _physical_return(trajectory: Trajectory) -> float:
-    # Only the environment's own reward is a return in its units; shaping and scores are what stands in for one
-    # where the environment pays nothing.
-    paid = any(turn.reward or any(key in turn.info for key in PHYSICAL) for turn in trajectory.turns)
-    if not paid and set(trajectory.reward_parts) - {"env"}:
-        return trajectory.reward
     return math.fsum(_physical(turn) for turn in trajectory.turns)
 
 

@@ -33,7 +33,7 @@ _COLOURS = ("#1f6f4a", "#b5651d")
 
 
 def training_figure(records: Records, title: str) -> Figure:
-    """A figure of all panels that have data, over the steps; `eval/low` and `eval/high` are the interval of the return."""
+    """A figure of the panels that have data; `eval/low` and `eval/high` are the interval of the held-out return."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

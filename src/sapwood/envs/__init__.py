@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -65,6 +65,8 @@ class EnvFamily(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    #: Whether its steps pay. A world that only asks leaves it to the recipe's rewards to say what a reply is worth.
+    pays: ClassVar[bool] = True
     #: True where native code may hang or crash: rollouts then run each environment in a process of its own.
     isolate: bool = False
     #: Seconds that one start or step may take in an isolated process.

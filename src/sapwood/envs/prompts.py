@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -32,6 +32,8 @@ class Prompts(EnvFamily):
     metadata. Without `eval_path`, `eval_fraction` of the distinct prompts are held out, chosen by their content, so
     that adding lines moves few of the others and repeated prompts never straddle the two splits.
     """
+
+    pays: ClassVar[bool] = False
 
     path: Path | None = None
     items: tuple[dict[str, Any], ...] = ()
