@@ -95,10 +95,22 @@ class HeldOutRecords:
         """
         if not self.groups:
             return {}
+        state = self.algorithm.state()
+        try:
+            found = self._measure(pack, progress)
+        finally:
+            self.algorithm.load_state(state)  # what these records say is not to be learnt from (KTO's reference point)
+        found |= self.algorithm.derived(found)
+        return {name: value for name, value in found.items() if not name.startswith("_") and math.isfinite(value)}
+
+    def _measure(
+        self, pack: Callable[[Sequence[Row]], list[list[Row]]], progress: Callable[[int, int], None] | None
+    ) -> dict[str, float]:
         rows = to_rows(self.groups, 1.0)
-        rows += self.algorithm.augment(rows)
+        extra = self.algorithm.augment(rows)
+        rows += extra
         self.models.eval()
-        self.models.score(pack(rows), self.algorithm.needs)
+        self.models.score(pack(rows), self.algorithm.extra_needs if extra else self.algorithm.needs)
         kept, metrics = self.algorithm.credit(self.groups, rows)
         totals = Totals.of(kept)
         sums: dict[str, float] = {}
@@ -113,9 +125,7 @@ class HeldOutRecords:
                     self._measure_each(forward, micro)
                 if progress is not None:
                     progress(done, len(batches))
-        found = {**metrics, **sums}
-        found |= self.algorithm.derived(found)
-        return {name: value for name, value in found.items() if not name.startswith("_") and math.isfinite(value)}
+        return {**metrics, **sums}
 
     def _measure_each(self, forward: Forward, micro: Sequence[Row]) -> None:
         """The metrics of every group of a micro-batch by itself."""

@@ -209,14 +209,17 @@ class Trainer:
 
     def _score(self, groups: Sequence[Group], rows: list[Row], order: int) -> None:
         """Fill in what the algorithm needs, packed as the first updates will be; its further rows join `rows`."""
-        extra = self.algorithm.augment(rows)
-        parts = split_updates(rows, self.algorithm.updates, order) if not extra else [[*rows, *extra]]
-        rows += extra
-        needs = self.algorithm.needs
-        if self._cache is not None and not extra:
+        extra, needs = self.algorithm.augment(rows), self.algorithm.needs
+        if self._cache is not None:
             self._cache.fill(groups, rows)
             needs = self._cache.rest(needs)
-        self.models.score([micro for part in parts for micro in self._pack(part)], needs)
+        elif extra:  # together, so that the prompts that they share are computed once
+            self.models.score(self._pack([*rows, *extra]), self.algorithm.extra_needs)
+        if self._cache is not None or not extra:
+            parts = split_updates(rows, self.algorithm.updates, order)
+            self.models.score([micro for part in parts for micro in self._pack(part)], needs)
+            self.models.score(self._pack(extra), self.algorithm.extra_needs)
+        rows += extra
 
     def _pack(self, rows: Sequence[Row]) -> list[list[Row]]:
         optim = self.recipe.optim
@@ -267,6 +270,11 @@ class Trainer:
                 f"step {step}: loss {loss} and gradient norm {norm} are not finite; the weights are those "
                 "of the step before. Lower optim.learning_rate, or use model.dtype=float32."
             )
+        if not math.isfinite(norm) and sums["loss_scale"] < 1.0:
+            raise TrainingStopped(
+                f"step {step}: the gradient is not finite even at a loss scale of {sums['loss_scale']:g}, so it isn't "
+                "float16's range that is exceeded. Lower optim.learning_rate, or use model.dtype=float32."
+            )
         gap, limit = sums.get("gap_k3", 0.0), self.recipe.optim.max_gap
         if gap > limit:
             raise TrainingStopped(
@@ -301,19 +309,24 @@ class Trainer:
         """Show a step's metrics to the plateau schedule and to early stopping; True to stop."""
         plateau, early = self.stepper.plateau, self.parts.early_stopping
         if plateau is not None:
-            self._check_measured("optim.plateau_metric", plateau.metric, metrics, evaluated)
+            if math.isnan(plateau.best):
+                self._check_measured("optim.plateau_metric", plateau.metric, metrics, evaluated)
             if plateau.metric in metrics:
                 plateau.see(metrics[plateau.metric])
         if early is None:
             return False
-        self._check_measured("early_stopping.metric", early.metric, metrics, evaluated)
+        if math.isnan(early.best):
+            self._check_measured("early_stopping.metric", early.metric, metrics, evaluated)
         stop = early.metric in metrics and early.see(metrics[early.metric])
         if stop:
             self.progress.note(f"stopped early: {early.metric} has not improved for {early.patience} measurements")
         return stop
 
     def _check_measured(self, option: str, name: str, metrics: Mapping[str, float], evaluated: bool) -> None:
-        """A watched metric must be there when metrics of its kind are, or it would be watched in vain."""
+        """A metric that was never seen must be there when metrics of its kind are, or it is watched in vain.
+
+        Some come and go (explained_variance, the rewards of KTO's undesirable replies), so one that was seen may.
+        """
         expected = evaluated if name.startswith("eval/") else metrics.get("updates", 0) > 0
         if expected and name not in metrics:
             near = difflib.get_close_matches(name, metrics, n=1)

@@ -60,9 +60,10 @@ def test_bad_options() -> None:
 
 
 def test_needs() -> None:
-    assert KTO().needs.old_logprobs
+    assert not KTO().needs.old_logprobs  # of the labelled rows the loss takes the trained policy alone
     assert KTO().needs.reference_logprobs
-    assert not KTO(loss_type="apo_zero_unpaired").needs.old_logprobs
+    assert KTO().extra_needs.old_logprobs
+    assert KTO().extra_needs.reference_logprobs
 
 
 # --- mismatched rows ------------------------------------------------------------------------------------------

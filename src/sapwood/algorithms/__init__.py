@@ -59,6 +59,11 @@ class Algorithm(BaseModel, ABC):
     def needs(self) -> Needs:
         """What scoring and the forward must provide."""
 
+    @property
+    def extra_needs(self) -> Needs:
+        """What scoring must fill in of the rows that `augment` adds, at least `needs`."""
+        return self.needs
+
     def begin(self, step: int, steps: int) -> dict[str, float]:
         """Set what is scheduled (a clip range, an entropy coefficient) for step 1..steps; returns it for the log."""
         return {}

@@ -49,8 +49,13 @@ class KTO(Algorithm):
 
     @property
     def needs(self) -> Needs:
-        """The reference, and for the KL divergence the policy before the update."""
-        return Needs(old_logprobs=self.loss_type == "kto", reference_logprobs=True)
+        """The reference."""
+        return Needs(reference_logprobs=True)
+
+    @property
+    def extra_needs(self) -> Needs:
+        """Of mismatched rows the policy before the update too, for the KL divergence."""
+        return Needs(old_logprobs=True, reference_logprobs=True)
 
     def begin(self, step: int, steps: int) -> dict[str, float]:
         """Remember that training has begun."""
@@ -91,7 +96,7 @@ class KTO(Algorithm):
         if mismatched:
             self._kl = max(float(np.mean([_log_ratio(row) for row in mismatched])), 0.0)
             self._estimated = True
-        if self._step and not self._estimated:
+        if self._step and labelled and not self._estimated:
             raise DataError(
                 f"KTO compares with replies to other prompts, and the batch's {len(labelled)} records have one prompt: "
                 "raise the batch size or shuffle the data; or set loss_type: apo_zero_unpaired, which compares with 0."
