@@ -24,6 +24,9 @@ from sapwood.types import Group, Task
 #: Further rollouts that dynamic sampling may ask for in one step.
 MAX_RESAMPLES = 3
 
+#: Records of which at least one has to fit the limits on length.
+FIRST_RECORDS = 256
+
 # Streams of the run's seed, so that no two uses draw the same numbers.
 TASKS, SAMPLING, ORDER, DROPOUT = range(4)
 
@@ -39,13 +42,24 @@ def steps_of(steps: int | None, epochs: float | None, examples: int | None, per_
         return steps
     if epochs is None or examples is None:
         raise ValueError("steps, or epochs over a known number of examples")
-    return max(1, math.ceil(epochs * examples / per_step))
+    # Rounded, because 0.07 x 100 is a little more than 7 in floating point.
+    return max(1, math.ceil(round(epochs * examples / per_step, 9)))
 
 
 class Source(ABC):
     """Gives every step its groups. temperature: what the rows' logits are divided by."""
 
     temperature: float = 1.0
+    _given: int = 0
+
+    def _check_any(self, given: int, asked: int, records: int) -> None:
+        """Raises DataError where a whole epoch, or its first FIRST_RECORDS, gave nothing to learn from."""
+        self._given += given
+        if not self._given and asked >= min(records, FIRST_RECORDS):
+            raise DataError(
+                f"none of the first {min(asked, records)} records fits data.max_length, data.max_prompt_length and "
+                "the model's context: raise them, or choose data.long_prompt and data.long_reply that cut."
+            )
 
     @abstractmethod
     def groups(self, step: int) -> list[Group]:
@@ -62,7 +76,7 @@ class Source(ABC):
 
 @dataclass
 class Rollouts(Source):
-    """Fresh attempts at tasks of an environment."""
+    """Fresh attempts at tasks of an environment. grouper: of prompts of data, whose limits on length it applies."""
 
     family: EnvFamily
     engine: Engine
@@ -73,32 +87,43 @@ class Rollouts(Source):
     per_step: int
     seed: int
     max_context: int | None = None
+    grouper: Grouper | None = None
     temperature: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.temperature = self.sampling.temperature
 
+    def counts(self) -> Mapping[str, int]:
+        """Prompts cut or dropped by the limits on length."""
+        return self.grouper.counts if self.grouper is not None else {}
+
     def groups(self, step: int) -> list[Group]:
         """A step's groups. With resampling, groups that can't teach are replaced, a bounded number of times."""
         groups: list[Group] = []
         for attempt in range(1 + MAX_RESAMPLES):
-            missing = self.per_step - len(groups)
-            fresh = collect(
-                self.family,
-                self._tasks(step, attempt, missing),
-                self.algorithm.attempts,
-                self.engine,
-                self.chat,
-                self.sampling,
-                derive(self.seed, SAMPLING, step, attempt),
-                max_context=self.max_context,
-                rewards=self.rewards,
-            )
+            fresh = self._collect(step, attempt, self._tasks(step, attempt, self.per_step - len(groups)))
             last = attempt == MAX_RESAMPLES or not self.algorithm.resample
             groups += [group for group in fresh if last or self.algorithm.informative(group)]
             if last or len(groups) == self.per_step:
                 break
+        if isinstance(self.family, DataPrompts):
+            self._check_any(len(groups), step * self.per_step, len(self.family.train))
         return groups
+
+    def _collect(self, step: int, attempt: int, tasks: list[Task]) -> list[Group]:
+        if not tasks:  # none of these prompts fits
+            return []
+        return collect(
+            self.family,
+            tasks,
+            self.algorithm.attempts,
+            self.engine,
+            self.chat,
+            self.sampling,
+            derive(self.seed, SAMPLING, step, attempt),
+            max_context=self.max_context,
+            rewards=self.rewards,
+        )
 
     def _tasks(self, step: int, attempt: int, count: int) -> list[Task]:
         """Prompts of data are walked epoch by epoch, others are drawn; so are those of a further attempt."""
@@ -122,7 +147,9 @@ class Records(Source):
         first = (step - 1) * self.per_step
         found = [self._group(position) for position in range(first, first + self.per_step)]
         self._dropped = sum(group is None for group in found)
-        return [group for group in found if group is not None]
+        groups = [group for group in found if group is not None]
+        self._check_any(len(groups), step * self.per_step, len(self.dataset))
+        return groups
 
     def metrics(self) -> dict[str, float]:
         """dropped_records: those of the last step that the limits on length left out."""
@@ -146,7 +173,7 @@ def held_out_groups(dataset: Dataset, grouper: Grouper, limit: int) -> list[Grou
     groups = [group for group in found if group is not None]
     if found and not groups:
         raise DataError(
-            f"none of {len(found)} held-out records fits data.max_length and data.max_prompt_length: raise them, or "
-            "choose another data.truncation."
+            f"none of {len(found)} held-out records fits data.max_length, data.max_prompt_length and the model's "
+            "context: raise them, or choose data.long_prompt and data.long_reply that cut."
         )
     return groups

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from sapwood.data.section import DataSection
 from sapwood.errors import DataError
 from sapwood.types import Group, Ids, Message, StopReason, Task, Trajectory, Turn
 
+T = TypeVar("T")
 _NO_FLOATS = np.zeros(0, np.float32)
 
 
@@ -52,8 +55,16 @@ class Grouper:
         Raises DataError, naming the record's file and line, where the chat template refuses the conversation or where
         the policy for lengths is "error".
         """
+        return self._told(self._group, record, index)
+
+    def prompt(self, record: Record, index: int) -> tuple[Message, ...] | None:
+        """The messages of a record to roll out, within the limit on prompts; None and errors as of `group`."""
+        return self._told(lambda record, _: self._opening(record)[0], record, index)
+
+    def _told(self, make: Callable[[Record, int], T], record: Record, index: int) -> T | None:
+        """What `make` makes of the record; what doesn't fit is counted, what is refused names its line."""
         try:
-            return self._group(record, index)
+            return make(record, index)
         except _Dropped as dropped:
             self.counts[str(dropped)] += 1
             return None
