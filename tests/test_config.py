@@ -476,6 +476,31 @@ REFUSED = [
     (RECORDS + "algorithm: dpo\nrewards: [exact_match]\n", "rewards has no effect: dpo learns from data"),
     (RECORDS + "algorithm: dpo\nengine: {temperature: 1}\n", "engine has no effect: dpo learns from data"),
     (RECORDS + "algorithm: dpo\neval: {metrics: [x]}\n", "eval.metrics measure replies in an env; give env"),
+    (RECORDS + "algorithm: dpo\neval: {tasks: 4}\n", "eval.tasks has no effect: dpo learns from data and no env is"),
+    (RECORDS + "algorithm: dpo\neval: {temperature: 1.0}\n", "eval.temperature has no effect: dpo learns from data"),
+    (RECORDS + "algorithm: dpo\noptim: {max_gap: 0.5}\n", "optim.max_gap has no effect: dpo learns from no samples"),
+    (RECORDS + "algorithm: dpo\noptim: {head_learning_rate: 0.1}\n", "has no effect: dpo has no scalar head"),
+    (RECORDS + "algorithm: reward\noptim: {critic_learning_rate: 0.1}\n", "has no effect: reward has no critic"),
+    (
+        ROLLOUTS + "algorithm: ppo\noptim: {critic_learning_rate: 0.1, head_learning_rate: 0.1}\n",
+        "optim.head_learning_rate has no effect: a critic's head learns at optim.critic_learning_rate; keep one",
+    ),
+    (
+        ROLLOUTS + RECORDS + "algorithm: sft\nengine: {temperature: 0.7}\n",
+        "engine.temperature has no effect: sft samples for evaluation only; set eval.temperature",
+    ),
+    (
+        "data: {path: x.jsonl, train_on: last}\nrewards: [exact_match]\nalgorithm: grpo\n",
+        "data.train_on has no effect: grpo learns from the replies that it samples; remove it",
+    ),
+    (
+        "data: {path: x.jsonl, max_length: 64, long_reply: cut_end}\nrewards: [exact_match]\nalgorithm: grpo\n",
+        "data.long_reply has no effect: grpo samples its replies: engine.max_new_tokens bounds them; remove it",
+    ),
+    (
+        "data: {path: x.jsonl, max_length: 64, long_prompt: cut_start}\nrewards: [exact_match]\nalgorithm: grpo\n",
+        "data.long_prompt: cut_start cuts tokens, and grpo asks whole messages; use drop_turns or drop.",
+    ),
     (RECORDS + "algorithm: grpo\n", "rewards is missing: prompts pay nothing by themselves"),
     ("algorithm: grpo\n", "env is missing: give env to learn from rollouts in a world, or data"),
 ]
@@ -551,7 +576,7 @@ def test_every_option_of_the_optimisation_is_taken_up(base: Path) -> None:
             "optim.plateau_patience=4",
             "optim.warmup_steps=3",
             "optim.max_grad_norm=0.5",
-            "optim.head_learning_rate=1e-3",
+            "algorithm.name=ppo",
             "optim.critic_learning_rate=1e-5",
             "optim.batch_size=2",
             "optim.gradient_accumulation=8",
@@ -567,7 +592,7 @@ def test_every_option_of_the_optimisation_is_taken_up(base: Path) -> None:
     optim = recipe.optim
     assert (optim.name, optim.schedule, optim.plateau_metric) == ("adamw_8bit", "plateau", "eval/return")
     assert (optim.plateau_factor, optim.plateau_patience, optim.warmup_steps) == (0.1, 4, 3)
-    assert (optim.max_grad_norm, optim.head_learning_rate, optim.critic_learning_rate) == (0.5, 1e-3, 1e-5)
+    assert (optim.max_grad_norm, optim.critic_learning_rate) == (0.5, 1e-5)
     assert optim.groups_per_step == 16
     assert recipe.early_stopping is not None
     assert recipe.early_stopping.model_dump() == {
@@ -592,6 +617,8 @@ def test_schedules(base: Path, schedule: str) -> None:
     [
         ("optim.name=adam8bit", "did you mean 'adamw_8bit'?"),
         ("optim.plateau_metric=eval/return", "optim.plateau_metric has no effect with schedule: constant"),
+        ("optim.plateau_factor=0.1", "optim.plateau_factor has no effect with schedule: constant"),
+        ("optim.min_learning_rate=1e-6", "optim.min_learning_rate has no effect with schedule: constant"),
         ("optim.gradient_accumulation=0", "optim.gradient_accumulation is 0; it should be greater than or equal to 1"),
         ("early_stopping.patience=0", "early_stopping.patience is 0; it should be greater than or equal to 1"),
         ("early_stopping.mode=down", "early_stopping.mode is 'down'; it should be 'max', 'min' or 'auto'"),

@@ -227,9 +227,15 @@ class OptimSection(Section):
                 f"optim.min_learning_rate ({self.min_learning_rate:g}) is above optim.learning_rate "
                 f"({self.learning_rate:g}): lower it"
             )
-        if self.plateau_metric is not None and self.schedule != "plateau":
+        if self.schedule != "plateau":
+            for name in ("plateau_metric", "plateau_factor", "plateau_patience"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"optim.{name} has no effect with schedule: {self.schedule}; remove it or set schedule: plateau"
+                    )
+        if self.schedule == "constant" and self.min_learning_rate:
             raise ValueError(
-                f"optim.plateau_metric has no effect with schedule: {self.schedule}; remove it or set schedule: plateau"
+                "optim.min_learning_rate has no effect with schedule: constant; remove it or set another schedule"
             )
         return self
 
@@ -449,7 +455,8 @@ def _has_section(gate: KeyPath, source: Source) -> bool | None:
     if gate in (("run", "steps"), ("run", "epochs")):
         run = source.data.get("run")
         return isinstance(run, Mapping) and run.get(gate[1]) is not None
-    later = section in ("engine", "rewards", "critic", "reference") or gate == ("eval", "metrics")
+    in_play = gate in (("eval", "metrics"), ("eval", "tasks"), ("eval", "temperature"))
+    later = section in ("engine", "rewards", "critic", "reference") or in_play
     if later or (section in ("algorithm", "env") and len(gate) == 2):
         return None
     place = next(entry.place for entry in source.soft if gate in entry.gates)
@@ -529,6 +536,7 @@ def _with_defaults(recipe: Recipe, algorithm: Algorithm, source: Source) -> Reci
         refuse("reference", f"algorithm {name} with these options uses no reference; remove the section.")
     if recipe.reference is not None and recipe.reference.precompute and rollouts:
         refuse("reference", f"reference.precompute is for data, but {name} samples its replies; remove it.")
+    _refuse_idle(recipe, algorithm, source)
     if not rollouts and recipe.env is None:
         for section in ("rewards", "engine"):
             if getattr(recipe, section) is not None:
@@ -544,6 +552,46 @@ def _with_defaults(recipe: Recipe, algorithm: Algorithm, source: Source) -> Reci
             refuse("data", "rewards is missing: prompts pay nothing by themselves; give e.g. rewards: [exact_match].")
         rewards = ({"name": "env"},)
     return recipe.model_copy(update={"rewards": rewards, "engine": recipe.engine or {"name": "local"}})
+
+
+def _refuse_idle(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
+    """Options that nothing reads with this algorithm and these sections. Raises ConfigError for the first one set."""
+    name, needs, rollouts = recipe.algorithm["name"], algorithm.needs, algorithm.learns_from == "rollouts"
+    plays = rollouts or recipe.env is not None
+    nothing = f"{name} learns from data and no env is given, so nothing is sampled"
+    of_critic = needs.values and recipe.optim.critic_learning_rate is None
+    reasons: dict[tuple[str, str], str | None] = {
+        ("eval", "tasks"): None if plays else f"{nothing}; give eval.max_samples for the number of held-out records",
+        ("eval", "temperature"): None if plays else f"{nothing}; remove it",
+        ("optim", "max_gap"): None if rollouts else f"{name} learns from no samples; remove it",
+        ("optim", "critic_learning_rate"): None if needs.values else f"{name} has no critic; remove it",
+        ("optim", "head_learning_rate"): None
+        if needs.scores or of_critic
+        else "a critic's head learns at optim.critic_learning_rate; keep one"
+        if needs.values
+        else f"{name} has no scalar head; remove it",
+    }
+    if rollouts:
+        reasons |= {
+            ("data", "train_on"): f"{name} learns from the replies that it samples; remove it",
+            ("data", "long_reply"): f"{name} samples its replies: engine.max_new_tokens bounds them; remove it",
+        }
+    for (section, key), reason in reasons.items():
+        options = getattr(recipe, section)
+        if reason and options is not None and getattr(options, key) != type(options).model_fields[key].default:
+            raise ConfigError(f"{source.place((section, key))}: {section}.{key} has no effect: {reason}.")
+    if rollouts and recipe.data is not None and recipe.data.long_prompt == "cut_start":
+        raise ConfigError(
+            f"{source.place(('data', 'long_prompt'))}: data.long_prompt: cut_start cuts tokens, and {name} asks whole "
+            "messages; use drop_turns or drop."
+        )
+    if not rollouts and "temperature" in (recipe.engine or {}):
+        default = Sampling.model_fields["temperature"].default
+        if recipe.engine is not None and recipe.env is not None and recipe.engine["temperature"] != default:
+            raise ConfigError(
+                f"{source.place(('engine', 'temperature'))}: engine.temperature has no effect: {name} samples for "
+                "evaluation only; set eval.temperature."
+            )
 
 
 def _name(kind: str, section: Mapping[str, Any], path: KeyPath, source: Source) -> str:

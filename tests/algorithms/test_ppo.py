@@ -52,6 +52,8 @@ def test_is_the_plugin() -> None:
     ("options", "sentence"),
     [
         ({"clip_floor": 0.05}, "clip_floor: 0.05 has no effect; set clip_schedule: linear"),
+        ({"epochs": 1, "target_kl": 0.1}, "target_kl: 0.1 has no effect; set epochs or updates above 1"),
+        ({"epochs": 1, "js_coef": 0.1}, "js_coef: 0.1 has no effect; set epochs or updates above 1"),
         ({"clip_schedule": "linear", "clip_low": 0.05}, "must not exceed clip_low and clip_high"),
         ({"entropy_schedule": "linear"}, "set an entropy_coef"),
         ({"entropy_coef": 0.01, "entropy_floor": 0.005}, "set entropy_schedule: linear"),

@@ -326,7 +326,8 @@ def test_rloo_with_kl_in_the_reward(beta: float) -> None:
     rewards = [1.0, 0.25, -2.0, 0.5]
     batch = Batch(2, reference=True, several_updates=True)
     expected = trl_scored(batch, rewards=rewards, group_size=4, trainer_class=RLOOTrainer, beta=beta)["advantages"]
-    rloo = GRPO(group_size=4, baseline="loo", scale_rewards="none", kl_coef=beta, kl_estimator="k1", kl_in="reward")
+    penalty: dict[str, Any] = {"kl_coef": beta, "kl_estimator": "k1", "kl_in": "reward"} if beta else {}
+    rloo = GRPO(group_size=4, baseline="loo", scale_rewards="none", **penalty)
     credited, _ = rloo.credit(*scored_groups(batch, rewards, 4))
     for row, value in zip(credited, expected.tolist(), strict=True):
         assert row.advantages == pytest.approx(np.full(row.scored, value), rel=1e-5)

@@ -71,6 +71,16 @@ class PolicyGradient(Algorithm):
                 f"constant_length has no effect with aggregation: {self.aggregation}; "
                 "remove it or set aggregation: constant."
             )
+        with_kl, corrected = self.kl_coef > 0.0, self.gap_correction != "none"
+        without_effect(
+            self,
+            {
+                "kl_in": (with_kl, "a kl_coef"),
+                "kl_estimator": (with_kl, "a kl_coef"),
+                "kl_ratio_weight": (with_kl and self.kl_in == "loss", "kl_in: loss" if with_kl else "a kl_coef"),
+                **dict.fromkeys(("gap_mode", "gap_cap", "gap_floor"), (corrected, "a gap_correction")),
+            },
+        )
         return self
 
     @property

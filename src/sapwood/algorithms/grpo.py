@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from sapwood.algorithms import Needs, RowBatch
-from sapwood.algorithms._policy import Key, PolicyGradient, cut_short, reward_metrics, turn_rewards
+from sapwood.algorithms._policy import Key, PolicyGradient, cut_short, reward_metrics, turn_rewards, without_effect
 from sapwood.ops.advantages import Baseline, RewardScale, all_equal, group_relative, returns_to_go
 from sapwood.ops.kl import bounded_exp
 from sapwood.ops.losses import Level, cispo_loss, clipped_loss, sapo_loss, vespo_loss
@@ -84,6 +84,18 @@ class GRPO(PolicyGradient):
                 f"clip_dual {self.clip_dual} must exceed 1 + clip_high = {1.0 + self.clip_high:g}, "
                 "or it would replace the clip."
             )
+        clipped, capped = self.surrogate == "clip", self.surrogate in ("clip", "cispo")
+        sapo, vespo = self.surrogate == "sapo", self.surrogate == "vespo"
+        without_effect(
+            self,
+            {
+                "std_epsilon": (self.scale_rewards != "none", "scale_rewards"),
+                "clip_low": (clipped, "surrogate: clip"),
+                "clip_high": (capped, "surrogate: clip or cispo"),
+                **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), (sapo, "surrogate: sapo")),
+                **dict.fromkeys(("vespo_pos", "vespo_neg"), (vespo, "surrogate: vespo")),
+            },
+        )
         if self.surrogate == "vespo" and (self.ratio_level == "sequence" or self.gap_correction == "sequence"):
             raise ValueError(
                 "surrogate: vespo weights whole rows itself; set ratio_level: token, and gap_correction: token or none."

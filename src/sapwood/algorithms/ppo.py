@@ -119,6 +119,7 @@ class PPO(PolicyGradient):
     def _combinations(self) -> PPO:
         linear, proportional = self.clip_schedule == "linear", self.kl_control == "proportional"
         multiplicative, with_kl = self.kl_control == "multiplicative", self.kl_coef > 0.0
+        several = self.epochs * self.updates > 1  # in a batch's only update the policy is still the old one
         without_effect(
             self,
             {
@@ -127,9 +128,8 @@ class PPO(PolicyGradient):
                 "entropy_schedule": (self.entropy_coef > 0.0, "an entropy_coef"),
                 "entropy_floor": (self.entropy_schedule == "linear", "entropy_schedule: linear"),
                 "kl_control": (with_kl, "a kl_coef for it to start from"),
-                "kl_in": (with_kl, "a kl_coef"),
-                "kl_estimator": (with_kl, "a kl_coef"),
-                "kl_ratio_weight": (with_kl and self.kl_in == "loss", "kl_in: loss"),
+                "target_kl": (several, "epochs or updates above 1"),
+                "js_coef": (several, "epochs or updates above 1"),
                 "kl_target": (proportional, "kl_control: proportional"),
                 "kl_horizon": (proportional, "kl_control: proportional"),
                 **dict.fromkeys(

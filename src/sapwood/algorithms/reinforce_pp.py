@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sapwood.algorithms import Needs
-from sapwood.algorithms._policy import Episode, PolicyGradient, episodes, reward_metrics, turn_rewards, without_effect
+from sapwood.algorithms._policy import Episode, PolicyGradient, episodes, reward_metrics, turn_rewards
 from sapwood.ops.gae import Doubles, discounted, whiten
 from sapwood.ops.kl import KlEstimator
 from sapwood.types import Group, Row
@@ -45,15 +45,6 @@ class ReinforcePP(PolicyGradient):
                 f"gamma {self.gamma}: replies of different length would be discounted differently before they are "
                 "compared; use gamma: 1, or baseline: none."
             )
-        with_kl = self.kl_coef > 0.0
-        without_effect(
-            self,
-            {
-                "kl_in": (with_kl, "a kl_coef"),
-                "kl_estimator": (with_kl, "a kl_coef"),
-                "kl_ratio_weight": (with_kl and self.kl_in == "loss", "kl_in: loss"),
-            },
-        )
         return self
 
     @property
