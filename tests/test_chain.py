@@ -84,3 +84,33 @@ def test_chosen_replies_are_right(chain):
     pairs = [json.loads(line) for line in (chain / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) > 10
     assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm
+def test_the_chain_on_the_bundled_model_in_short(tmp_path):
+    """SFT answers where the base can't, and preferences that mean something are learnt while a coin's are not."""
+    sft, pairs, coin = tmp_path / "sft", tmp_path / "pairs.jsonl", tmp_path / "coin.jsonl"
+    short = ["eval.tasks=64", "eval.max_samples=64"]
+    run("train", "recipes/chain/sft.yaml", f"run.dir={sft}", "run.steps=30", *short)
+    told = json.loads((sft / "evaluation.json").read_text())
+    before, after = (result["mean"] for result in told["results"])
+    assert before < 0.05
+    assert after > before + 0.1
+    start = f"model.init_from={sft}"
+    rollouts = tmp_path / "rollouts.jsonl"
+    asked = ["--split", "train", "--tasks", 150, "--out", rollouts, "algorithm.group_size=4", start]
+    run("rollout", "recipes/chain/grpo.yaml", *asked)
+    for out, flags in ((pairs, []), (coin, ["--shuffle"])):
+        run("data", "pairs", rollouts, "--answers", "--per-task", 2, *flags, "--out", out)
+    accuracy = {}
+    for name, path in (("pairs", pairs), ("coin", coin)):
+        folder = tmp_path / f"dpo_{name}"
+        data = [f"data.path={path}", "data.eval_fraction=0.3"]
+        run(
+            "train", "recipes/chain/dpo.yaml", f"run.dir={folder}", "run.steps=20", "eval.every=0", start, *data, *short
+        )
+        accuracy[name] = json.loads((folder / "evaluation.json").read_text())["held_out"]["metrics"]["trained model"]
+    assert accuracy["pairs"]["accuracy"] > 0.65
+    # Some 64 pairs of a fair coin: a share beyond .5 +- .2 is 3.2 standard errors away.
+    assert 0.3 < accuracy["coin"]["accuracy"] < 0.7
