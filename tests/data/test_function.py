@@ -27,6 +27,9 @@ def raises():
     raise KeyError("gone")
 def nothing():
     return None
+def other_keys():
+    yield {"prompt": "p", "response": "r"}
+    yield {"prompt": "p", "response": "r", "seen": {(1, 2): 3}}
 def empty():
     return []
 """
@@ -64,6 +67,7 @@ BAD = [
     ("raises", {}, DataError, r"mine.py:raises' raised KeyError \('gone'\) at .*line 13; fix it there"),
     ("nothing", {}, DataError, "returned a NoneType; yield records"),
     ("empty", {}, DataError, "holds no record"),
+    ("other_keys", {}, DataError, r"other_keys item 2: can't be written as JSON \(keys must be str.*keys are text"),
     ("goood", {}, ConfigError, "has no 'goood'; did you mean 'good'"),
     ("TEXT", {}, DataError, "is no function"),
     ("good", {"split": "train"}, DataError, "split, subset and revision are for files"),

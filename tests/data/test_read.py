@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -184,6 +185,16 @@ def test_a_parquet_file_that_is_cut_short(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"cut short .*copy it again"):
         records(path)
+
+
+def test_a_parquet_row_whose_text_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "latin.parquet"
+    unchecked = pc.cast(pa.array([b"one", "Gr\u00fc\u00dfe".encode("latin-1"), b"three"]), pa.string(), safe=False)
+    pq.write_table(pa.table({"prompt": unchecked, "response": ["a", "b", "c"]}), path)
+    with pytest.raises(DataError, match=r"latin\.parquet row 2: byte 3 \(0xfc\) is not UTF-8; save the file as UTF-8"):
+        records(path)
+    data = opened(path, on_bad_record="skip")
+    assert [data[i].prompt[0].content for i in data.order(0)] == ["one", "three"]
 
 
 def test_bad_lines_are_counted_and_listed_on_request(lines: Lines) -> None:

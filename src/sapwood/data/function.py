@@ -36,8 +36,13 @@ class FunctionInput(Input):
             raise DataError(f"{self.name}: is no function; name one that yields records.")
         digest, self.size = hashlib.sha256(), 0
         for item in self._items():
-            digest.update(json.dumps(item, sort_keys=True, default=repr).encode())
             self.size += 1
+            try:
+                digest.update(json.dumps(item, sort_keys=True, default=repr).encode())
+            except (TypeError, ValueError) as error:  # keys that are no text, a mapping that holds itself
+                raise DataError(
+                    f"{self.where(self.size)}: can't be written as JSON ({error}); yield dicts whose keys are text."
+                ) from error
         self._digest = digest.hexdigest()
 
     def fingerprint(self) -> list[Any]:

@@ -423,15 +423,27 @@ def _parquet(file: FileInput, consumed: Consumed | None) -> Iterator[Entry]:
         for batch in opened.iter_batches(batch_size=1024):
             if consumed is not None:
                 consumed(file.size * number // total)
-            for row in batch.to_pylist():
+            for row, problem in _rows(batch):
                 number += 1
-                yield number, row, ""
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                yield number, row, problem
+    except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0].rstrip(".")[:120] if str(error) else type(error).__name__
         at = f" row {number + 1}" if number else ""
         raise DataError(
             f"{file.name}{at}: not a readable Parquet file, or one that is cut short ({first}); copy it again."
         ) from error
+
+
+def _rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """The rows of a batch, or what is wrong with them: Parquet doesn't check that its text is UTF-8."""
+    try:
+        yield from [(row, "") for row in batch.to_pylist()]
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0], ""
+            except UnicodeDecodeError as error:
+                yield None, not_utf8(error)
 
 
 # ---- hub --------------------------------------------------------------------------------------------------
