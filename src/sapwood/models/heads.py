@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sapwood.models.products import product
+from sapwood.models.quantised import frozen_linear
+
 #: Logits that a chunk may hold: 8 Mi values, 32 MiB in fp32, which stays near a CPU's last-level cache.
 CHUNK_VALUES = 8 * 2**20
 
@@ -107,7 +110,9 @@ def _chunk(
     entropy: bool,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    logits = transform(head(hidden)).float() / temperature[:, None]
+    # The same product as in the shortcut below, so that scoring and training agree to the last bit.
+    logits = frozen_linear(hidden, head) if _is_frozen_linear(head) else head(hidden)
+    logits = transform(logits).float() / temperature[:, None]
     logp = torch.log_softmax(logits, dim=-1)
     logprobs = logp[pair_unit, pair_target]
     if not entropy:
@@ -142,14 +147,15 @@ class _FrozenHead(torch.autograd.Function):
         mean = torch.empty_like(hidden)  # p W
         slope = torch.empty_like(hidden) if entropy_grad else None  # (p log p) W + entropy p W
         for u0, u1, p0, p1 in _chunks(head, len(hidden), pair_unit):
-            logits = head(hidden[u0:u1]).float()
+            logits = product(hidden[u0:u1], weight.detach()).float()
             logp = torch.log_softmax(logits.div_(temperature[u0:u1, None]), dim=-1)
             logprobs[p0:p1] = logp[pair_unit[p0:p1] - u0, pair_target[p0:p1]]
             p = torch.exp(logp, out=logits)
             entropies[u0:u1] = -torch.linalg.vecdot(p, logp)
-            mean[u0:u1] = p.to(weight.dtype) @ weight
+            mean[u0:u1] = product(p.to(weight.dtype), weight.detach().t())
             if slope is not None:
-                slope[u0:u1] = p.mul_(logp).to(weight.dtype) @ weight + entropies[u0:u1, None] * mean[u0:u1]
+                steep = product(p.mul_(logp).to(weight.dtype), weight.detach().t())
+                slope[u0:u1] = steep + entropies[u0:u1, None] * mean[u0:u1]
         ctx.save_for_backward(pair_unit, pair_target, temperature, mean, slope, weight)
         if not entropy_grad:
             ctx.mark_non_differentiable(entropies)

@@ -25,16 +25,24 @@ class FusedLoraLinear:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]."""
         active = self.active_adapters
+        if self.disable_adapters and not (args or kwargs or self.merged) and self._same_dtype(x):
+            # By the same product as with an adapter, so that one at zero gives the base's numbers exactly.
+            return frozen_linear(x, self.get_base_layer())
         plain = not (args or kwargs or self.disable_adapters or self.merged) and len(active) == 1
         if not plain or active[0] not in self.lora_A or active[0] in self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name = active[0]
         if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
             return super().forward(x)  # type: ignore[misc]
-        base = self.get_base_layer()
-        if x.dtype != base.weight.dtype and not is_quantised(base) and not torch.is_autocast_enabled(x.device.type):
+        if not self._same_dtype(x):
             return super().forward(x)  # type: ignore[misc]
-        return frozen_linear(x, base, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return frozen_linear(
+            x, self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        )
+
+    def _same_dtype(self: Any, x: Tensor) -> bool:
+        base = self.get_base_layer()
+        return x.dtype == base.weight.dtype or is_quantised(base) or torch.is_autocast_enabled(x.device.type)
 
 
 @lru_cache

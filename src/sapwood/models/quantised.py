@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapwood.models.products import product
+
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer holds bitsandbytes' packed weight."""
@@ -62,10 +64,11 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, module: nn.Module, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
     ) -> Tensor:
-        y = nn.functional.linear(x, dense_weight(module, x.dtype), None if bias is None else bias.to(x.dtype))
+        weight = dense_weight(module, x.dtype).detach()
+        y = product(x, weight, None if bias is None else bias.detach().to(x.dtype))
         low = None
         if a is not None and b is not None:
-            low = x @ a.to(x.dtype).t()
+            low = product(x, a.detach().to(x.dtype))
             y.addmm_(low, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x if a is not None else None, a, b, low)
         ctx.module, ctx.scale = module, scale
@@ -74,17 +77,17 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, low = ctx.saved_tensors
-        g = grads[0]
-        gx = g @ dense_weight(ctx.module, g.dtype) if ctx.needs_input_grad[0] else None
+        g = grads[0].contiguous()
+        gx = product(g, dense_weight(ctx.module, g.dtype).detach().t()) if ctx.needs_input_grad[0] else None
         if a is None:
             return gx, None, None, None, None, None
         # A product with r = 8 to 64 columns is several times slower where its long operand is the transposed one, so
         # the small operand is turned instead.
-        g_low = nn.functional.linear(g, b.to(g.dtype).t().contiguous())
+        g_low = product(g, b.detach().to(g.dtype).t().contiguous())
         if gx is not None:
             gx.addmm_(g_low, a.to(g.dtype), alpha=ctx.scale)
-        ga = (g_low.t() @ x).to(a.dtype).mul_(ctx.scale)
-        gb = (low.t() @ g).t().to(b.dtype) * ctx.scale
+        ga = product(g_low.t(), x.t()).to(a.dtype).mul_(ctx.scale)
+        gb = product(low.t(), g.t()).t().to(b.dtype) * ctx.scale
         return gx, None, None, ga, gb, None
 
 
