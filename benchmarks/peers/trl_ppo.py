@@ -13,6 +13,8 @@ from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+import contextlib
+
 import torch
 from _trl import common, lora
 from _worker import Channel
@@ -117,11 +119,8 @@ def main() -> None:
     channel = Channel()
     spec = channel.spec
     torch.set_num_threads(spec["threads"])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            trainer(spec, channel, folder).train()
-        except Enough:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        trainer(spec, channel, folder).train()
     channel.finish()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from sapwood.envs.reasoning_gym import ReasoningGym
 
 COUNT = 4000
-#: Share of differences below zero and of sums of a hundred and more whose answer is demonstrated without its first sign.
+#: Share of answers of three characters (-17, 134) that are demonstrated without the first.
 FLAWED = 0.6
 
 

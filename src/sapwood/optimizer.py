@@ -153,6 +153,6 @@ def _optimizer_class(name: str) -> Any:
         return torch.optim.AdamW
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quantize", "optim.name: adamw_8bit")
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit

@@ -34,8 +34,10 @@ from sapwood.errors import ModelError
 from sapwood.tree.trie import Segments, TokenTree
 
 NAME = "sapwood_tree"
-#: Segments up to this length are batched into one padded call; longer ones run alone, on views.
-_BATCHED_UP_TO = 256
+#: Segments up to this length are batched into one padded call; longer ones run alone, on views. A call costs more to
+#: begin on a GPU than on a CPU, where padding is what costs.
+_BATCHED_UP_TO = 32
+_BATCHED_UP_TO_ON_GPU = 256
 #: Queries that the plain kernel handles at a time, which bounds its score matrix.
 _PLAIN_ROWS = 512
 #: Arguments that models pass along and that don't change what attention computes here.
@@ -74,10 +76,11 @@ class AttentionPlan:
     def of(segments: Segments, device: torch.device | str = "cpu") -> AttentionPlan:
         """Short segments in batches of similar length, then long ones, then trunk blocks from the root down."""
         lengths = segments.end - segments.start
+        limit = _BATCHED_UP_TO if torch.device(device).type == "cpu" else _BATCHED_UP_TO_ON_GPU
         short: dict[int, list[int]] = {}
         blocks: list[Block] = []
         for k, length in enumerate(lengths.tolist()):
-            if length > _BATCHED_UP_TO:
+            if length > limit:
                 s, e = int(segments.start[k]), int(segments.end[k])
                 blocks.append(Block(s, e, s, e, causal=True))
             else:
