@@ -225,12 +225,12 @@ def test_what_the_tree_cannot_serve_says_why(llama):
 
 
 def test_no_dense_mask_and_few_blocks():
-    # A trunk of 50, 4 prompts of 10 and 8 replies of 5 each: self blocks come in batches by size, and each segment
-    # with descendants is one trunk block: 1 + 4.
+    # A trunk of 50, 4 prompts of 10 and 8 replies of 5 each: self blocks of up to 32 come in batches by size, longer
+    # ones alone, and each segment with descendants is one trunk block: 1 + 4.
     rng = np.random.default_rng(0)
     trunk = rng.integers(0, 61, 50)
     prompts = [np.concatenate([trunk, [p], rng.integers(0, 61, 9)]) for p in range(4)]
     trie = build_trie([np.concatenate([p, [r], rng.integers(0, 61, 4)]) for p in prompts for r in range(8)])
     plan = AttentionPlan.of(trie.segments)
-    assert [(len(b.index), b.index.shape[1]) for b in plan.batches] == [(32, 5), (4, 10), (1, 50)]
-    assert [(b.q1 - b.q0, b.k1 - b.k0) for b in plan.blocks] == [(200, 50)] + [(40, 10)] * 4
+    assert [(len(b.index), b.index.shape[1]) for b in plan.batches] == [(32, 5), (4, 10)]
+    assert [(b.q1 - b.q0, b.k1 - b.k0) for b in plan.blocks] == [(50, 50), (200, 50)] + [(40, 10)] * 4
