@@ -212,6 +212,8 @@ OVERRIDES = [
     ("algorithm.group_size=1", "override algorithm.group_size=1: group_size 1"),
     ("engine.top_p=0", "engine.top_p is 0; it should be greater than 0"),
     ("engine.max_new_tokens=0", "engine.max_new_tokens is 0; it should be greater than or equal to 1"),
+    ("foo.bar=1", "override foo.bar=1: unknown key 'foo'; known are algorithm"),
+    ("critic.kind=head", "override critic.kind=head: algorithm grpo has no critic; remove the section"),
     ("engine=[", "override 'engine=[': the value is not valid YAML"),
     ("=3", "override '=3': write it as section.key=value"),
     ("optim..x=3", "override 'optim..x=3': write it as section.key=value"),

@@ -61,11 +61,11 @@ class Source:
     soft: tuple[Soft, ...] = ()
 
     def place(self, path: KeyPath) -> str:
-        """Where `path`, or else the nearest key above it, was set."""
+        """Where `path`, or else the nearest key above it, was set; or a key below, as an override sets one alone."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
-        return self.label
+        return next((place for key, place in self.places.items() if key[: len(path)] == path), self.label)
 
 
 class _Loader(yaml.SafeLoader):
