@@ -80,7 +80,7 @@ def test_a_dpo_run_is_measured_as_in_training(dpo):
 def test_two_runs_stand_beside_each_other(dpo, model_dir, pairs, tmp_path):
     other = recipe_of(tmp_path / "sft", model_dir, {"name": "sft"}, pairs)
     train(other)
-    found = run_eval(dpo, [dpo.run.dir, other.run.dir], 1).records
+    found = run_eval(dpo, [str(dpo.run.dir), other.run.dir], 1).records
     assert found is not None
     assert list(found.results) == ["base", "dpo", "sft"]
     assert list(found.differences) == [("dpo", "base"), ("sft", "base")]

@@ -86,11 +86,11 @@ class _World:
 
 def run_eval(
     recipe: Recipe,
-    adapters: Sequence[Path] | Path | None = None,
+    adapters: Sequence[Path | str] | Path | str | None = None,
     count: int | None = None,
     progress: Progress | None = None,
     *,
-    data: Path | None = None,
+    data: Path | str | None = None,
     base_name: str = BASE,
 ) -> Evaluation:
     """Measure a recipe's base model and what was trained from it, on held-out tasks and held-out records.
@@ -100,7 +100,8 @@ def run_eval(
     and eval.max_samples if None. data: measure all records of this file in place of the held-out ones, or, of a plain
     text, its perplexity. All play the same tasks with the same seeds.
     """
-    paths = [adapters] if isinstance(adapters, Path) else list(adapters or ())
+    paths = [Path(path) for path in ([adapters] if isinstance(adapters, Path | str) else adapters or ())]
+    data = None if data is None else Path(data)
     sections = _sections(recipe, paths, base_name)
     if data is not None and data.suffix.lower() in TEXT_SUFFIXES:
         return Evaluation(records=_text_table(sections, recipe.run.seed, data, progress))

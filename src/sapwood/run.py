@@ -70,8 +70,9 @@ class Run:
         return run
 
     @staticmethod
-    def open(folder: Path) -> Run:
+    def open(folder: Path | str) -> Run:
         """An existing run, to read. Raises StorageError where the folder isn't a run."""
+        folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise StorageError(f"{folder}: not a run folder, it has no recipe.yaml.")
         return Run(folder, load_recipe(folder))
@@ -219,12 +220,13 @@ class Run:
 _LOGGERS = ("sapwood", "py.warnings")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl or timing.jsonl; null reads as NaN.
 
     A last line cut short, as a full disk or a killed process leaves it, is left out. Raises StorageError for any
     other line that isn't JSON, and for a file that can't be read.
     """
+    path = Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
