@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ from rich.table import Table
 from sapwood import catalogue, cli, doctor
 from sapwood.config import load_recipe
 from sapwood.errors import TrainingStopped
-from sapwood.progress import Progress, duration
+from sapwood.progress import Progress, duration, quiet
 
 RECIPE = """\
 run: {dir: DIR, steps: 3}
@@ -441,6 +442,11 @@ def test_without_a_terminal_it_is_a_line_a_step() -> None:
     assert lines[1].startswith("step 1/2  reward 0.250  ")
     assert lines[1].endswith(" left")
     assert lines[2] == "step 2/2  reward 0.500"
+
+
+def test_advice_of_libraries_is_silenced() -> None:
+    quiet()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_durations() -> None:

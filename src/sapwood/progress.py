@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -176,6 +177,8 @@ def quiet() -> None:
     for module in ("transformers", "peft", "torch", "bitsandbytes", "huggingface_hub", "gymnasium"):
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
+    # Its advice on kernels that a CPU could fetch from the hub; Sapwood multiplies without them.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
         logs = sys.modules["transformers"].logging
         logs.set_verbosity_error()
