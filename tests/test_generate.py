@@ -101,9 +101,7 @@ def test_what_contradicts_is_refused(echo, tmp_path):
     for bad in ({}, {"prompts": ["x"], "input_path": tmp_path}):
         with pytest.raises(ConfigError, match="either prompts or an input file"):
             run_generate("m", **bad)
-    with pytest.raises(
-        BudgetError, match=r"prompt 2 has \d+ tokens, which with 4 .* context of 256"
-    ):
+    with pytest.raises(BudgetError, match=r"prompt 2 has \d+ tokens, which with 4 .* context of 256"):
         run_generate("m", ["a", "b" * 299], sampling=Sampling(max_new_tokens=4))
     with pytest.raises(ConfigError, match="is a reward model: it scores replies"):
         run_generate(Origin("r", locate("r").section, "scalar"), ["x"])
