@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sapwood.algorithms import Algorithm, Forward, LossOutput, RowBatch, Totals
+from sapwood.algorithms import Algorithm, Forward, LossOutput, Needs, RowBatch, Totals
 from sapwood.errors import DataError
 from sapwood.ops.gae import Doubles
 from sapwood.ops.kl import KlEstimator, bounded_exp, kl_estimate
@@ -102,6 +102,15 @@ class PolicyGradient(Algorithm):
     def importance_level(self) -> Level:
         """Whether importance ratios are per token or per row."""
         return "token"
+
+    @property
+    def needs(self) -> Needs:
+        """Old log-probabilities are scored only where they can differ from those of the training forward."""
+        return Needs(
+            old_logprobs=self.epochs * self.updates > 1 or self.kl_in_reward,
+            reference_logprobs=self.kl_coef > 0.0,
+            entropy_grad=self.entropy_coef > 0.0,
+        )
 
     @property
     def kl_in_reward(self) -> bool:

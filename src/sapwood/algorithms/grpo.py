@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from sapwood.algorithms import Needs, RowBatch
+from sapwood.algorithms import RowBatch
 from sapwood.algorithms._policy import Key, PolicyGradient, cut_short, reward_metrics, turn_rewards, without_effect
 from sapwood.ops.advantages import Baseline, RewardScale, all_equal, group_relative, returns_to_go
 from sapwood.ops.kl import bounded_exp
@@ -116,15 +116,6 @@ class GRPO(PolicyGradient):
     def importance_level(self) -> Level:
         """Whether importance ratios are per token or per row."""
         return self.ratio_level
-
-    @property
-    def needs(self) -> Needs:
-        """Old log-probabilities are scored only where they can differ from those of the training forward."""
-        return Needs(
-            old_logprobs=self.epochs * self.updates > 1 or self.kl_in_reward,
-            reference_logprobs=self.kl_coef > 0.0,
-            entropy_grad=self.entropy_coef > 0.0,
-        )
 
     def informative(self, group: Group) -> bool:
         """Whether a group can teach: the returns of its valid trajectories (of some turn) are not all equal."""

@@ -154,13 +154,8 @@ class PPO(PolicyGradient):
 
     @property
     def needs(self) -> Needs:
-        """A critic; old log-probabilities only where they can differ from those of the training forward."""
-        return Needs(
-            old_logprobs=self.epochs * self.updates > 1 or self.kl_in_reward,
-            reference_logprobs=self.kl_coef > 0.0,
-            values=True,
-            entropy_grad=self.entropy_coef > 0.0,
-        )
+        """A critic too."""
+        return replace(super().needs, values=True)
 
     # --- schedules and adaptive state ---------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from sapwood.algorithms import Needs
 from sapwood.algorithms._policy import Episode, PolicyGradient, episodes, reward_metrics, turn_rewards
 from sapwood.ops.gae import Doubles, discounted, whiten
 from sapwood.ops.kl import KlEstimator
@@ -51,15 +50,6 @@ class ReinforcePP(PolicyGradient):
     def attempts(self) -> int:
         """The group size."""
         return self.group_size
-
-    @property
-    def needs(self) -> Needs:
-        """Old log-probabilities are scored only where they can differ from those of the training forward."""
-        return Needs(
-            old_logprobs=self.epochs * self.updates > 1 or self.kl_in_reward,
-            reference_logprobs=self.kl_coef > 0.0,
-            entropy_grad=self.entropy_coef > 0.0,
-        )
 
     def credit(self, groups: Sequence[Group], rows: Sequence[Row]) -> tuple[list[Row], dict[str, float]]:
         """Advantages of all rows but those of failed trajectories, and metrics of the batch.
