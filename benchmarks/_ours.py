@@ -17,10 +17,10 @@ from _worker import Measure, serve
 
 from sapwood.algorithms import Forward, RowBatch, Totals
 from sapwood.algorithms.grpo import GRPO
-from sapwood.config import LoraSection, ModelSection
 from sapwood.engines import Completion, Request, Sampling
 from sapwood.models.forward import forward_rows
 from sapwood.models.load import Policy, load_policy
+from sapwood.sections import LoraSection, ModelSection
 from sapwood.types import Group, Row, Task, Trajectory, Turn
 
 Spec = dict[str, Any]

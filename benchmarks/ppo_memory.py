@@ -61,10 +61,10 @@ def side(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def _roles(spec: dict[str, Any], needs: Any) -> tuple[Any, Any]:
-    from sapwood.config import CriticSection, LoraSection, ModelSection
     from sapwood.models.load import load_policy
     from sapwood.models.roles import Models, build_critic
     from sapwood.models.scorer import load_scorer
+    from sapwood.sections import CriticSection, LoraSection, ModelSection
 
     lora = None if spec["side"] == "full" else LoraSection(rank=16)
     section = ModelSection(name=spec["model"], dtype=spec["dtype"], lora=lora)
@@ -97,8 +97,8 @@ def _rows(spec: dict[str, Any]) -> list[Any]:
 def make_reward_model(model: str, folder: Path, dtype: str) -> int:
     """Save a reward model's adapter on this base; returns the vocabulary's size."""
     from sapwood import checkpoint
-    from sapwood.config import LoraSection, ModelSection
     from sapwood.models.load import load_policy
+    from sapwood.sections import LoraSection, ModelSection
 
     policy = load_policy(ModelSection(name=model, dtype=dtype, lora=LoraSection(rank=16)), head="scalar")
     checkpoint.save(policy, folder, 1, 1)

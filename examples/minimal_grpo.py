@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from sapwood.chat import Chat
-from sapwood.config import LoraSection, ModelSection
 from sapwood.engines import Request, Sampling
 from sapwood.engines.local import LocalEngine
 from sapwood.models.forward import forward_rows
 from sapwood.models.load import Policy, load_policy
+from sapwood.sections import LoraSection, ModelSection
 from sapwood.types import Message, Row
 
 SYSTEM = Message("system", "You repeat numbers. Reply with the number alone.")

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sapwood import config
+from sapwood import sections
 from sapwood.data.section import DataSection, SourceSection
 from sapwood.engines import Sampling
 from sapwood.engines.local import LocalOptions
@@ -23,20 +23,21 @@ from sapwood.engines.local import LocalOptions
 BEGIN, END = "<!-- options: written by `make docs` -->\n\n", "<!-- end of options -->"
 
 SECTIONS: dict[str, type[BaseModel]] = {
-    "run": config.RunSection,
-    "model": config.ModelSection,
-    "model.lora": config.LoraSection,
-    "reference": config.ReferenceSection,
-    "critic": config.CriticSection,
+    "run": sections.RunSection,
+    "model": sections.ModelSection,
+    "model.lora": sections.LoraSection,
+    "reference": sections.ReferenceSection,
+    "critic": sections.CriticSection,
     "data": DataSection,
     "data.sources": SourceSection,
     "engine": Sampling,
     "engine (local)": LocalOptions,
-    "optim": config.OptimSection,
-    "eval": config.EvalSection,
-    "early_stopping": config.EarlyStoppingSection,
-    "checkpoint": config.CheckpointSection,
-    "samples": config.SamplesSection,
+    "optim": sections.OptimSection,
+    "eval": sections.EvalSection,
+    "early_stopping": sections.EarlyStoppingSection,
+    "checkpoint": sections.CheckpointSection,
+    "guards": sections.GuardsSection,
+    "samples": sections.SamplesSection,
 }
 ABOUT = {
     "run": "Where and how long. Give `steps` or `epochs`.",
@@ -51,7 +52,8 @@ ABOUT = {
     "optim": "The optimiser, and what one step sees: `batch_size` x `gradient_accumulation` tasks or records.",
     "eval": "Held-out tasks and records.",
     "early_stopping": "Left out, a run makes all its steps.",
-    "checkpoint": "",
+    "checkpoint": "See [reliability](reliability.md).",
+    "guards": "See [reliability](reliability.md).",
     "samples": "",
 }
 MEANINGS: dict[str, dict[str, str]] = {
@@ -182,7 +184,15 @@ MEANINGS: dict[str, dict[str, str]] = {
         "patience": "Measurements without improvement before the run ends.",
         "min_delta": "What counts as an improvement.",
     },
-    "checkpoint": {"every": "Steps between checkpoints; 0: at the end only.", "keep": "The newest that stay."},
+    "checkpoint": {
+        "every": "Steps between checkpoints; 0 without `minutes`: at the end only.",
+        "minutes": "Wall-clock minutes between checkpoints.",
+        "keep": "The newest that stay.",
+        "best": "A metric (`eval/return`, say); the checkpoint with the best value of it stays too.",
+        "mode": "Whether `best` should rise (`max`) or fall (`min`); `auto` goes by its name.",
+        "background": "Write while training goes on, from a copy of what is trained.",
+    },
+    "guards": {"max_skipped": "Updates in a row that may be skipped as not finite before the run stops."},
     "samples": {"every": "Steps between files of samples; 0: none. Unless given, 1 for rollouts and 0 for data."},
 }
 

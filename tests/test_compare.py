@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sapwood.compare import recipe_for, run_eval, text_perplexity, with_metrics
-from sapwood.config import ModelSection, parse_recipe
+from sapwood.config import parse_recipe
 from sapwood.errors import ConfigError, DataError, ModelError
 from sapwood.evaluate import run_rollout
 from sapwood.opening import load_policy, locate
+from sapwood.sections import ModelSection
 from sapwood.train import train
 from tests.learning import save_tiny_model
 

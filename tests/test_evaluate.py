@@ -9,7 +9,6 @@ from rich.console import Console
 
 from sapwood import evaluate, opening
 from sapwood.chat import Chat
-from sapwood.config import ModelSection
 from sapwood.engines import Request, Sampling
 from sapwood.engines.scripted import ScriptedEngine
 from sapwood.envs.prompts import Prompts
@@ -26,6 +25,7 @@ from sapwood.evaluate import (
     run_rollout,
     summarise,
 )
+from sapwood.sections import ModelSection
 from sapwood.types import Group, StopReason, Task, Trajectory, Turn
 from tests.chats import CHATML, LLAMA, tokenizer
 from tests.conftest import tiny_model

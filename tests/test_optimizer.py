@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sapwood.config import OptimSection
 from sapwood.optimizer import EarlyStopping, Plateau, Stepper, improves
+from sapwood.sections import OptimSection
 
 
 def one(value: float = 1.0) -> nn.Parameter:

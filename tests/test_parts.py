@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from sapwood import checkpoint
-from sapwood.config import LoraSection, ModelSection, parse_recipe
+from sapwood.config import parse_recipe
 from sapwood.errors import ConfigError, DataError, TrainingStopped
 from sapwood.models.load import load_policy
 from sapwood.parts import Parts, build
 from sapwood.progress import Progress
 from sapwood.run import Run
+from sapwood.sections import LoraSection, ModelSection
 from sapwood.train import Trainer
 from tests.learning import save_tiny_model
 

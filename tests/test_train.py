@@ -149,9 +149,9 @@ def test_the_adapter_opens_in_transformers_and_peft_and_says_the_same(model_dir,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sapwood.config import ModelSection
     from sapwood.engines import Request, Sampling
     from sapwood.engines.local import LocalEngine
+    from sapwood.sections import ModelSection
 
     result = train(recipe_for(model_dir, tmp_path / "run", model={"lora": {"rank": 4}}))
     adapter = result.policy_dir

@@ -82,6 +82,7 @@ def trainer(spec: dict[str, Any], channel: Channel, folder: str) -> PPOTrainer:
         **options,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=len(prompts) // at_once,
+        local_rollout_forward_batch_size=at_once,
         num_mini_batches=1,
         num_ppo_epochs=spec["epochs"],
         total_episodes=1_000 * len(prompts),

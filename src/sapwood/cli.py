@@ -10,11 +10,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sapwood.commands import Command
 from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
 
 if TYPE_CHECKING:
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from sapwood.train import TrainResult
 
 WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its one-line help, its arguments, and what it does (the exit code)."""
-
-    summary: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

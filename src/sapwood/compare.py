@@ -19,7 +19,7 @@ from rich.console import RenderableType
 
 from sapwood import plugins
 from sapwood.algorithms import Algorithm, Needs
-from sapwood.config import ModelSection, Recipe, parse_recipe
+from sapwood.config import Recipe, parse_recipe
 from sapwood.data.dataset import Dataset, open_data
 from sapwood.data.groups import Grouper
 from sapwood.data.prompts import DataPrompts
@@ -33,6 +33,7 @@ from sapwood.models.role import BASE as WITHOUT_ADAPTER
 from sapwood.models.roles import Models
 from sapwood.opening import Head, Origin, build_chat, build_engine, load_policy
 from sapwood.ops.batch import Forward
+from sapwood.sections import ModelSection
 from sapwood.source import held_out_groups
 from sapwood.tree import pack
 from sapwood.types import Ids, Row

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 
 from sapwood import configfile, plugins
 from sapwood.chat import Chat
-from sapwood.config import ModelSection, Recipe, load_recipe
+from sapwood.config import Recipe, load_recipe
 from sapwood.configfile import Source
 from sapwood.engines import Engine
 from sapwood.errors import ConfigError, DataError, ModelError
+from sapwood.sections import ModelSection
 
 if TYPE_CHECKING:
     from sapwood.models.load import Policy

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sapwood.config import OptimSection
 from sapwood.errors import MissingExtra
 from sapwood.ops.schedules import learning_rate
+from sapwood.sections import OptimSection
 
 
 @dataclass

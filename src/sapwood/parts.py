@@ -8,7 +8,7 @@ from pathlib import Path
 from sapwood import checkpoint
 from sapwood.algorithms import Algorithm
 from sapwood.chat import Chat
-from sapwood.config import LoraSection, Recipe
+from sapwood.config import Recipe
 from sapwood.data import Record
 from sapwood.data.dataset import Dataset, open_data
 from sapwood.data.groups import Grouper
@@ -28,6 +28,7 @@ from sapwood.optimizer import EarlyStopping, Plateau, Stepper
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.rewards import Reward
+from sapwood.sections import LoraSection
 from sapwood.source import Records, Rollouts, Source, held_out_groups, steps_of
 from sapwood.types import Message
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sapwood import checkpoint
-from sapwood.config import CriticSection, LoraSection, ModelSection
 from sapwood.errors import ModelError
 from sapwood.models.export import export
 from sapwood.models.load import find_adapter, load_policy, scalar_head, set_pad_token
 from sapwood.models.roles import Models, build_critic
 from sapwood.ops.batch import Needs
+from sapwood.sections import CriticSection, LoraSection, ModelSection
 from tests.conftest import make_row, random_rows
 from tests.learning import save_tiny_model
 from tests.models.test_roles import stir

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sapwood import checkpoint
-from sapwood.config import LoraSection, ModelSection
 from sapwood.errors import MissingExtra, ModelError
 from sapwood.models import load
 from sapwood.models.forward import causal_lm, tree_obstacle, uses_tree
@@ -18,6 +17,7 @@ from sapwood.models.load import find_adapter, load_policy, pick_device, resolve
 from sapwood.models.lora import FusedLoraLinear, fuse_lora
 from sapwood.models.roles import Models
 from sapwood.ops.batch import Needs
+from sapwood.sections import LoraSection, ModelSection
 from tests.conftest import make_row, random_rows, tree_copy
 from tests.learning import save_tiny_model
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from sapwood.config import LoraSection, ModelSection
 from sapwood.models.adapters import named_adapter
 from sapwood.models.forward import causal_lm
 from sapwood.models.load import load_policy
 from sapwood.models.quantised import dense_weight, is_quantised
 from sapwood.models.roles import Models, build_critic
 from sapwood.ops.batch import Needs
+from sapwood.sections import LoraSection, ModelSection
 from tests.conftest import random_rows
 from tests.learning import save_tiny_model
 from tests.models.test_roles import PPO, gradients, stir

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from sapwood import checkpoint
-from sapwood.config import CriticSection, LoraSection, ModelSection
 from sapwood.errors import ModelError
 from sapwood.models.adapters import POLICY, add_adapter, lora_config, named_adapter
 from sapwood.models.critic import CRITIC
@@ -19,6 +18,7 @@ from sapwood.models.load import load_policy, scalar_head
 from sapwood.models.role import BASE, role
 from sapwood.models.roles import REFERENCE, Models, build_critic
 from sapwood.ops.batch import Needs
+from sapwood.sections import CriticSection, LoraSection, ModelSection
 from tests.conftest import make_row, random_rows
 from tests.learning import save_tiny_model
 

@@ -10,7 +10,6 @@ from tests.learning import save_tiny_model
 
 from sapwood import checkpoint, plugins
 from sapwood.chat import Chat
-from sapwood.config import CriticSection, LoraSection, ModelSection
 from sapwood.errors import DataError, ModelError
 from sapwood.models.adapters import named_adapter
 from sapwood.models.load import load_policy
@@ -18,6 +17,7 @@ from sapwood.models.roles import Models, build_critic
 from sapwood.models.scorer import load_scorer
 from sapwood.ops.batch import Needs
 from sapwood.rewards.reward_model import RewardModel
+from sapwood.sections import CriticSection, LoraSection, ModelSection
 from sapwood.types import Group, Message, StopReason, Task, Trajectory, Turn
 
 NO_FLOATS = np.zeros(0, np.float32)
