@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -37,6 +37,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "early_stopping": sections.EarlyStoppingSection,
     "checkpoint": sections.CheckpointSection,
     "guards": sections.GuardsSection,
+    "guards.limits": sections.GuardLimits,
     "samples": sections.SamplesSection,
 }
 ABOUT = {
@@ -53,7 +54,8 @@ ABOUT = {
     "eval": "Held-out tasks and records.",
     "early_stopping": "Left out, a run makes all its steps.",
     "checkpoint": "See [reliability](reliability.md).",
-    "guards": "See [reliability](reliability.md).",
+    "guards": "What a run warns of, and when it stops by itself: see [guards](guards.md).",
+    "guards.limits": "What each warning is raised at, by its name; [guards](guards.md) says what is measured.",
     "samples": "",
 }
 MEANINGS: dict[str, dict[str, str]] = {
@@ -192,7 +194,35 @@ MEANINGS: dict[str, dict[str, str]] = {
         "mode": "Whether `best` should rise (`max`) or fall (`min`); `auto` goes by its name.",
         "background": "Write while training goes on, from a copy of what is trained.",
     },
-    "guards": {"max_skipped": "Updates in a row that may be skipped as not finite before the run stops."},
+    "guards": {
+        "max_skipped": "Updates in a row that may be skipped as not finite before the run stops.",
+        "keep_evidence": "Skipped updates that stay in evidence/ for `sapwood replay`, the newest ones; 0: none.",
+        "stop_on": "Warnings that end the run, by name.",
+        "off": "Warnings that are not raised.",
+        "limits": "See below.",
+    },
+    "guards.limits": {
+        "sampler_gap": "Share of `optim.max_gap`.",
+        "entropy_collapse": "Share of the entropy at the start.",
+        "entropy_explosion": "Multiple of the entropy at the start.",
+        "kl_runaway": "Nats a token.",
+        "policy_lag": "Nats a token.",
+        "clip_fraction": "Share of tokens.",
+        "target_kl_stops": "Steps in a row.",
+        "reward_hacking": "Factor by which replies change their length, or repeat themselves.",
+        "reward_collapse": "Multiple of the rewards' standard deviation at the start.",
+        "reward_stalled": "Steps.",
+        "no_signal": "Share of groups.",
+        "env_failures": "Share of episodes.",
+        "parse_failures": "Share of replies.",
+        "length_limit": "Share of replies.",
+        "value_divergence": "Multiple of the lowest value loss.",
+        "gradient_spike": "Multiple of the usual gradient norm.",
+        "loss_divergence": "Multiple of the lowest training loss.",
+        "overfitting": "Rise of the held-out loss, as a share of its lowest.",
+        "chosen_falls": "Share of the margin's growth.",
+        "too_easy": "Accuracy.",
+    },
     "samples": {"every": "Steps between files of samples; 0: none. Unless given, 1 for rollouts and 0 for data."},
 }
 
@@ -240,6 +270,8 @@ def _bounds(rules: typing.Sequence[Any]) -> list[str]:
             found.append(f" > {rule.gt}")
         elif isinstance(rule, Lt):
             found.append(f", < {rule.lt}")
+        elif isinstance(rule, Le):
+            found.append(f", ≤ {rule.le}")
     return found
 
 
@@ -250,7 +282,7 @@ def _default(section: str, key: str, field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return "rank 16"
+        return "rank 16" if key == "lora" else "see below"
     if isinstance(value, tuple):
         return f"`{list(value)}`"
     if isinstance(value, bool) or value is None:

@@ -270,12 +270,85 @@ class CheckpointSection(Section):
         return self
 
 
+#: What `sapwood.guards` can warn of; docs/guards.md describes each.
+WarningName = Literal[
+    "not_finite",
+    "sampler_gap",
+    "entropy_collapse",
+    "entropy_explosion",
+    "kl_runaway",
+    "policy_lag",
+    "clip_fraction",
+    "target_kl_stops",
+    "reward_hacking",
+    "reward_collapse",
+    "reward_stalled",
+    "no_signal",
+    "env_failures",
+    "parse_failures",
+    "length_limit",
+    "value_divergence",
+    "gradient_spike",
+    "loss_divergence",
+    "overfitting",
+    "chosen_falls",
+    "too_easy",
+]
+Limit = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(gt=1)]
+
+
+class GuardLimits(Section):
+    """What each warning is raised at, by its name; docs/guards.md says what is measured."""
+
+    sampler_gap: Share = 0.25
+    entropy_collapse: Share = 0.1
+    entropy_explosion: Factor = 2.0
+    kl_runaway: Limit = 2.0
+    policy_lag: Limit = 0.3
+    clip_fraction: Share = 0.5
+    target_kl_stops: Annotated[int, Field(ge=1, le=60)] = 10
+    reward_hacking: Factor = 3.0
+    reward_collapse: Limit = 0.25
+    reward_stalled: Positive = 50
+    no_signal: Share = 0.75
+    env_failures: Share = 0.2
+    parse_failures: Share = 0.5
+    length_limit: Share = 0.5
+    value_divergence: Factor = 5.0
+    gradient_spike: Factor = 5.0
+    loss_divergence: Factor = 1.5
+    overfitting: Limit = 0.05
+    chosen_falls: Limit = 0.5
+    too_easy: Share = 0.99
+
+
 class GuardsSection(Section):
-    """When a run stops by itself. max_skipped: updates in a row that may be left out because loss or gradient isn't
-    finite.
+    """When a run warns, and when it stops by itself. max_skipped: updates in a row that may be left out because loss or
+    gradient isn't finite; keep_evidence: how many such batches stay in evidence/, the newest ones.
+
+    stop_on: warnings that end the run; off: warnings that are not raised; limits: what they are raised at.
     """
 
     max_skipped: Count = 3
+    keep_evidence: Count = 4
+    stop_on: tuple[WarningName, ...] = ()
+    off: tuple[WarningName, ...] = ()
+    limits: GuardLimits = Field(default_factory=GuardLimits)
+
+    @model_validator(mode="after")
+    def _no_warning_twice(self) -> GuardsSection:
+        for name in self.off:
+            if name in self.stop_on:
+                raise ValueError(f"guards.stop_on and guards.off both name {name}; keep one")
+            if name in self.limits.model_fields_set and getattr(self.limits, name) != _default_limit(name):
+                raise ValueError(f"guards.limits.{name} has no effect: guards.off names it; remove one")
+        return self
+
+
+def _default_limit(name: str) -> Any:
+    return GuardLimits.model_fields[name].default
 
 
 class SamplesSection(Section):
