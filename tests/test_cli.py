@@ -50,7 +50,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.behave = lambda: None
     module.seen = []
 
-    def run_train(recipe: Any, run: Any, progress: Progress) -> Any:
+    def run_train(recipe: Any, run: Any, progress: Progress, start: Any = None) -> Any:
         module.seen.append(recipe)
         progress.start(2)
         for step in (1, 2):
@@ -116,7 +116,7 @@ USAGE = [
     ([], ""),
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
     (["xyzzy"], "known are train, rollout"),
-    (["train"], "the following arguments are required: RECIPE"),
+    (["train"], "give a recipe, or --resume RUN"),
     (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry"),
     (["eval"], "required: RECIPE|RUN|MODEL"),
     (["export", "r"], "required: OUT"),
@@ -212,7 +212,7 @@ def test_ctrl_c_is_130_and_says_what_was_saved(
     train.behave = interrupt
     assert cli.main(["train", str(recipe)]) == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == (f"sapwood: stopped by Ctrl-C; saved in {tmp_path}/run: metrics up to step 2, no checkpoint.")
+    assert told == (f"sapwood: stopped at once by Ctrl-C; saved in {tmp_path}/run: metrics up to step 2, no checkpoint.")
 
 
 def test_a_run_that_stops_says_what_was_saved(

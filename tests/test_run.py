@@ -90,7 +90,8 @@ def test_a_run_is_never_overwritten(run: Run) -> None:
     with pytest.raises(StorageError) as caught:
         Run.create(recipe(run.dir, optim={"eps": 1e-3}))
     assert str(caught.value) == (
-        f"{run.dir}: already exists and a run is never overwritten; choose another folder, e.g. run.dir={run.dir}-2."
+        f"{run.dir}: already exists and a run is never overwritten; choose another folder, e.g. run.dir={run.dir}-2, "
+        "or go on with it by --resume."
     )
     assert (run.dir / "recipe.yaml").read_text() == before
 
@@ -201,7 +202,8 @@ def test_samples_hold_every_rollout_with_advantages_by_turn(run: Run) -> None:
     assert first["turns"][0]["info"]["temperature"] is None  # NaN is no JSON
     assert second["error"] == "broke"
     assert second["turns"][0]["advantages"] is None
-    assert sorted(decoded) == [1, 2]  # the prompt that both share is decoded once
+    assert first["turns"][0]["tokens"] == ["c", "d"]
+    assert decoded.count(2) == 2  # the prompt that both share is decoded once, and so is their reply as tokens
 
 
 def test_equal_samples_are_equal_bytes(run: Run, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_runs_repeat_byte_for_byte(model_dir, tmp_path):
         train(recipe_for(model_dir, tmp_path / name, run={"steps": 3}, samples={"every": 1}))
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
     samples = sorted(path.name for path in (tmp_path / "a/samples").iterdir())
-    assert len(samples) == 3
+    assert samples == ["eval_000003.jsonl.gz", *(f"step_00000{step}.jsonl.gz" for step in (1, 2, 3))]
     for name in samples:
         assert (tmp_path / "a/samples" / name).read_bytes() == (tmp_path / "b/samples" / name).read_bytes()
 

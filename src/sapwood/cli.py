@@ -10,17 +10,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sapwood.commands import Command
+from sapwood.commands import Command, train
+from sapwood.commands.shared import load, positive, recipe_arguments, show_progress
 from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
 
 if TYPE_CHECKING:
     from sapwood.config import Recipe
-    from sapwood.progress import Progress
-    from sapwood.train import TrainResult
 
 WIDTH = 100
 
@@ -121,26 +120,9 @@ def dump_help() -> str:
     return "\n\n".join(f"```text\n{part}\n```" for part in parts)
 
 
-def _recipe_arguments(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
-        "recipe",
-        nargs="+",
-        metavar="RECIPE|KEY=VALUE",
-        help="a recipe, overlays on top of it, and overrides such as optim.learning_rate=3e-5",
-    )
-    made.add_argument("--device", metavar="NAME", help="short for model.device=...: auto, cpu, cuda or cuda:1")
-
-
-def _train_arguments(made: argparse.ArgumentParser) -> None:
-    _recipe_arguments(made)
-    made.add_argument("--algorithm", metavar="NAME", help="short for algorithm.name=...")
-    made.add_argument("--dry-run", action="store_true", help="check the recipe, print it in full and stop")
-    made.add_argument("--json", action="store_true", help="print a JSON object a step on stdout")
-
-
 def _rollout_arguments(made: argparse.ArgumentParser) -> None:
-    _recipe_arguments(made)
-    made.add_argument("--tasks", type=_positive, default=4, metavar="N", help="how many tasks (4)")
+    recipe_arguments(made)
+    made.add_argument("--tasks", type=positive, default=4, metavar="N", help="how many tasks (4)")
     made.add_argument("--split", choices=("train", "eval"), default="eval", help="which tasks (eval)")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write, a line a rollout")
 
@@ -172,7 +154,7 @@ def _eval_arguments(made: argparse.ArgumentParser) -> None:
         help="a further metric of the replies, as under eval.metrics, options too: '{name: pass_at_k, k: 4}'",
     )
     made.add_argument(
-        "--tasks", type=_positive, metavar="N", help="held-out tasks or records (the recipe's eval.tasks, max_samples)"
+        "--tasks", type=positive, metavar="N", help="held-out tasks or records (the recipe's eval.tasks, max_samples)"
     )
     made.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the tables to")
     made.add_argument("--json", action="store_true", help="print the tables as JSON")
@@ -191,7 +173,7 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL file to write; a run that was killed is continued (default: print)",
     )
-    made.add_argument("--n", type=_positive, default=1, metavar="N", help="replies to each prompt (1)")
+    made.add_argument("--n", type=positive, default=1, metavar="N", help="replies to each prompt (1)")
     made.add_argument("--system", metavar="TEXT", help="a system message before every prompt")
     made.add_argument("--field", metavar="NAME", help="the field of the input that holds the prompt (prompt)")
     made.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the model's own")
@@ -204,9 +186,7 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of a reply (128)")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
-    made.add_argument(
-        "--batch", type=_positive, default=32, metavar="N", help="replies sampled, then written, together"
-    )
+    made.add_argument("--batch", type=positive, default=32, metavar="N", help="replies sampled, then written, together")
     made.add_argument("--dtype", metavar="NAME", help="type of the weights: auto, float32, bfloat16 or float16")
     made.add_argument("--device", metavar="NAME", help="where to run: auto, cpu, cuda or cuda:1")
 
@@ -231,8 +211,8 @@ def _data_check_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def _data_tasks_arguments(made: argparse.ArgumentParser) -> None:
-    _recipe_arguments(made)
-    made.add_argument("--count", type=_positive, required=True, metavar="N", help="how many tasks")
+    recipe_arguments(made)
+    made.add_argument("--count", type=positive, required=True, metavar="N", help="how many tasks")
     made.add_argument("--split", choices=("train", "eval"), default="train", help="which tasks (train)")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
 
@@ -240,7 +220,7 @@ def _data_tasks_arguments(made: argparse.ArgumentParser) -> None:
 def _data_pairs_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("rollouts", type=Path, metavar="ROLLOUTS", help="a file of `sapwood rollout`")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
-    made.add_argument("--per-task", type=_positive, default=1, metavar="N", help="at most so many pairs of a task (1)")
+    made.add_argument("--per-task", type=positive, default=1, metavar="N", help="at most so many pairs of a task (1)")
     made.add_argument("--min-gap", type=float, default=0.0, metavar="R", help="rewards must differ by more (0)")
     made.add_argument("--answers", action="store_true", help="a task's own answer counts as a reply with reward 1")
     made.add_argument("--shuffle", action="store_true", help="draw which is chosen: the twin that teaches nothing")
@@ -252,7 +232,7 @@ def _data_prepare_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("sets", nargs="+", choices=names, metavar="SET", help=f"which sets: {', '.join(names)}")
     made.add_argument("--input", type=Path, metavar="PATH", help="a local copy of the set (default: from the hub)")
     made.add_argument("--output", type=Path, default=Path("data"), metavar="DIR", help="where files go (data)")
-    made.add_argument("--max-samples", type=_positive, metavar="N", help="records of each file (all)")
+    made.add_argument("--max-samples", type=positive, metavar="N", help="records of each file (all)")
     made.add_argument("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated")
     made.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this folder of hh-rlhf")
 
@@ -265,77 +245,12 @@ def _doctor_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
 # ---- commands -----------------------------------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace, extra: Iterable[str] = ()) -> Recipe:
-    """The recipe of the command line: what names a file is a file, what holds an `=` is an override."""
-    from sapwood.config import load_recipe
-
-    files = [item for item in arguments.recipe if "=" not in item or Path(item).exists()]
-    overrides = [item for item in arguments.recipe if item not in files]
-    if arguments.device:
-        overrides.append(f"model.device={arguments.device}")
-    return load_recipe(files, [*overrides, *extra])
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    recipe = _load(arguments, [f"algorithm.name={arguments.algorithm}"] if arguments.algorithm else [])
-    recipe.check_trainable()
-    if arguments.dry_run:
-        from sapwood.config import dump_recipe
-
-        print(dump_recipe(recipe), end="")
-        return 0
-    progress = _progress(arguments.json)
-    from sapwood.run import Run
-
-    with Run.create(recipe) as run:
-        try:
-            with progress:
-                from sapwood.train import train
-
-                result = train(recipe, run, progress)
-        except SapwoodError:
-            if not run.abandon():
-                print(f"sapwood: {run.saved()}", file=sys.stderr)
-            raise
-        except KeyboardInterrupt:
-            told = "nothing had been logged yet." if run.abandon() else run.saved()
-            print(f"sapwood: stopped by Ctrl-C; {told}", file=sys.stderr)
-            return 130
-    _tell(result, arguments.json)
-    return 0
-
-
-def _tell(result: TrainResult, as_json: bool) -> None:
-    """The table and the paths of what a run left."""
-    paths = {"adapter": result.policy_dir, "curve": result.plot, "samples": result.run_dir / "samples"}
-    tables = [table for table in (result.figures, result.table) if table is not None]
-    if as_json:
-        found = {name: str(path) for name, path in paths.items() if path and path.exists()}
-        told = {key: value for table in tables for key, value in table.to_json().items()}
-        print(json.dumps({"evaluation": told, "run": str(result.run_dir), **found}, sort_keys=True))
-        return
-    from rich.console import Console
-
-    for table in tables:
-        Console().print(table.render())
-    for name, path in {"run": result.run_dir, **paths}.items():
-        if path and path.exists():
-            print(f"{name:<8} {path}")
-
-
 def _rollout(arguments: argparse.Namespace) -> int:
-    recipe = _load(arguments)
-    with _progress() as progress:
+    recipe = load(arguments)
+    with show_progress() as progress:
         from sapwood.evaluate import run_rollout
 
         run_rollout(recipe, arguments.split, arguments.tasks, arguments.out, progress.work)
@@ -350,14 +265,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     if is_recipe:
         if arguments.algorithm:
             raise ConfigError("--algorithm is for a model with --data; a recipe names its own: algorithm.name=...")
-        recipe = _load(arguments)
+        recipe = load(arguments)
         adapters = adapters or ([Path(first)] if Path(first).is_dir() else None)
     else:
         recipe, adapters = _recipe_of_model(arguments)
     from sapwood.compare import BASE, run_eval, with_metrics
 
     recipe = with_metrics(recipe, [_metric(text) for text in arguments.metric])
-    with _progress() as progress:
+    with show_progress() as progress:
         found = run_eval(
             recipe,
             adapters,
@@ -445,7 +360,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     names = ("dtype", "device", "chat_template")
     origin = locate(arguments.model, **{name: getattr(arguments, name) for name in names if getattr(arguments, name)})
-    with _progress() as progress:
+    with show_progress() as progress:
         from sapwood.generate import run_generate
 
         replies = run_generate(
@@ -468,7 +383,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     if not arguments.run.exists():
         raise ModelError(f"there is no run, checkpoint or adapter {str(arguments.run)!r}.")
-    with _progress() as progress:
+    with show_progress() as progress:
         progress.phase("exporting")
         from sapwood.models.export import export
 
@@ -481,7 +396,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from sapwood.data.check import check
 
     options = dict(item.partition("=")[::2] for item in arguments.field)
-    with _progress() as progress:
+    with show_progress() as progress:
         chat = None
         if arguments.model:
             from sapwood.chat import Chat
@@ -496,7 +411,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
 def _data_tasks(arguments: argparse.Namespace) -> int:
     from sapwood.data.tasks import write_tasks
 
-    recipe = _load(arguments)
+    recipe = load(arguments)
     count = write_tasks(recipe.build_env(), arguments.split, arguments.count, recipe.run.seed, arguments.out)
     print(f"{arguments.out}: {count:,} tasks with their answers")
     return 0
@@ -525,7 +440,7 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
     if arguments.input is not None and len(names) > 1:
         raise ConfigError("--input is a copy of one set, but several are named; prepare them one by one.")
     for name in names:
-        with _progress() as progress:
+        with show_progress() as progress:
             made = prepare(
                 name,
                 arguments.output,
@@ -559,16 +474,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if doctor.report(arguments.runs, lambda line: print(line, flush=True)) else 1
 
 
-def _progress(json_lines: bool = False) -> Progress:
-    from sapwood.progress import Progress, quiet
-
-    quiet()
-    return Progress(json_lines=json_lines)
-
-
 KINDS = ("algorithm", "env", "engine", "reward", "metric", "recipe", "model", "building", "climate")
 COMMANDS = {
-    "train": Command("Train a model by a recipe, into a new run folder.", _train_arguments, _train),
+    "train": train.COMMAND,
     "rollout": Command("Play tasks with the recipe's model and write what happened.", _rollout_arguments, _rollout),
     "eval": Command("Measure models on held-out tasks and data, side by side.", _eval_arguments, _eval),
     "generate": Command("Reply to prompts with a model or a trained run.", _generate_arguments, _generate),

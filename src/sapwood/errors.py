@@ -10,6 +10,7 @@
     ├── MissingExtra               an optional package that is not installed; names the extra
     ├── BudgetError                a unit that doesn't fit a token, memory or context budget
     ├── TrainingStopped            a guard stopped the run (non-finite loss, sampler gap ...)
+    ├── Stopped                    a signal stopped the run, which was saved; carries the exit code
     └── StorageError               a run folder that can't be written (disk full, permissions, would overwrite)
 
 Every message is one sentence or two that names the place (file, line, field) and the fix.
@@ -59,6 +60,14 @@ class BudgetError(SapwoodError):
 
 class TrainingStopped(SapwoodError):
     """A guard stopped the run; what was written stays."""
+
+
+class Stopped(SapwoodError):
+    """A signal stopped the run; it was saved and can be resumed. exit_code: 128 and the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class StorageError(SapwoodError):

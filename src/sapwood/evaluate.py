@@ -82,6 +82,11 @@ class EvalResult:
     reply_tokens: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> EvalResult:
+        """From what `dataclasses.asdict` made of a result."""
+        return EvalResult(**state)
+
     @property
     def interval(self) -> Interval:
         """Mean return with its interval over tasks."""
@@ -273,10 +278,11 @@ def evaluate_policy(
     metrics: Sequence[Metric] = (),
     name: str = "policy",
     progress: Progress | None = None,
+    keep: list[Group] | None = None,
 ) -> EvalResult:
     """Play every task, as often as the metric that wants the most attempts. Raises as `sapwood.rollout.collect` does.
 
-    With more attempts than one, the return of a task is their mean.
+    With more attempts than one, the return of a task is their mean. keep: a list that gets what was played.
     """
     groups = collect(
         family,
@@ -290,6 +296,8 @@ def evaluate_policy(
         rewards=rewards,
         progress=progress and (lambda done, total: progress(name, done, total)),
     )
+    if keep is not None:
+        keep += groups
     result = summarise(name, groups, by_reward=not family.pays)
     measured: dict[str, float] = {}
     for metric in metrics:

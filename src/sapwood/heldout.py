@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ from sapwood.types import Group, Row, Task
 
 @dataclass
 class HeldOutTasks:
-    """Tasks that no training ever sees, played by whoever is asked: same tasks, same seeds."""
+    """Tasks that no training ever sees, played by whoever is asked: same tasks, same seeds.
+
+    played: what the last `play` played.
+    """
 
     family: EnvFamily
     count: int
@@ -35,6 +39,7 @@ class HeldOutTasks:
     seed: int
     max_context: int | None
     results: dict[str, EvalResult] = field(default_factory=dict)
+    played: list[Group] = field(default_factory=list)
 
     @property
     def tasks(self) -> list[Task]:
@@ -47,6 +52,7 @@ class HeldOutTasks:
 
     def play(self, name: str, progress: Progress | None = None) -> dict[str, float]:
         """Play the engine's policy; keeps the result by name and returns its metrics."""
+        self.played = []
         result = evaluate_policy(
             self.family,
             self.tasks,
@@ -59,12 +65,21 @@ class HeldOutTasks:
             metrics=self.metrics,
             name=name,
             progress=progress,
+            keep=self.played,
         )
         self.results[name] = result
         found = {"return": result.interval.mean, "low": result.interval.lo, "high": result.interval.hi}
         if result.parsed is not None:
             found["parsed"] = result.parsed
         return {**found, **result.metrics}
+
+    def state(self) -> dict[str, Any]:
+        """The results so far, to checkpoint."""
+        return {name: asdict(result) for name, result in self.results.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.results = {name: EvalResult.of(result) for name, result in state.items()}
 
     def table(self, ours: str, theirs: str) -> EvalTable:
         """All results beside each other."""

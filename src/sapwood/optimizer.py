@@ -58,6 +58,21 @@ class EarlyStopping:
         return self.waited >= self.patience
 
 
+def counters(watcher: Plateau | EarlyStopping) -> dict[str, float]:
+    """What a watcher has seen so far, to checkpoint."""
+    return {name: getattr(watcher, name) for name in _COUNTERS if hasattr(watcher, name)}
+
+
+def set_counters(watcher: Plateau | EarlyStopping, state: Mapping[str, float]) -> None:
+    """Take up what `counters` gave."""
+    for name in _COUNTERS:
+        if name in state:
+            setattr(watcher, name, type(getattr(watcher, name))(state[name]))
+
+
+_COUNTERS = ("scale", "best", "waited")
+
+
 def improves(value: float, best: float, higher_is_better: bool, min_delta: float = 0.0) -> bool:
     """Whether a value beats the best one so far (NaN: none yet) by more than min_delta."""
     if math.isnan(value):
@@ -124,6 +139,19 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = self._peaks[group["name"]] * rate / peak
         return rate
+
+    def state(self) -> dict[str, Any]:
+        """Moments and loss scale, to checkpoint; tensors are not copied."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave; rates, decay and betas are those of the recipe, not those of the state."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
+        if self.loss_scaling and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

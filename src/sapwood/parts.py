@@ -268,7 +268,7 @@ def _stepper(
     plateau = None
     if optim.schedule == "plateau":
         metric = _watched("optim.schedule: plateau", optim.plateau_metric, recipe, tasks, records)
-        plateau = Plateau(metric, _higher_is_better(metric), optim.plateau_factor, optim.plateau_patience)
+        plateau = Plateau(metric, higher_is_better(metric), optim.plateau_factor, optim.plateau_patience)
     scaling = "float16" in (recipe.model.autocast, recipe.model.dtype)
     return Stepper(optim, models.parameter_groups(), steps, scaling, plateau)
 
@@ -278,7 +278,7 @@ def _early_stopping(recipe: Recipe, tasks: HeldOutTasks | None, records: HeldOut
     if section is None:
         return None
     metric = _watched("early_stopping", section.metric, recipe, tasks, records)
-    higher = _higher_is_better(metric) if section.mode == "auto" else section.mode == "max"
+    higher = higher_is_better(metric) if section.mode == "auto" else section.mode == "max"
     return EarlyStopping(metric, higher, section.patience, section.min_delta)
 
 
@@ -298,7 +298,7 @@ def _watched(
     return watched
 
 
-def _higher_is_better(metric: str) -> bool:
+def higher_is_better(metric: str) -> bool:
     """Losses, divergences and their like should fall; everything else is taken to be better the higher it is."""
     falling = ("loss", "perplexity", "kl", "gap", "grad_norm", "error", "nll")
     return not any(word in metric.rpartition("/")[2] for word in falling)

@@ -1,9 +1,13 @@
-"""Where Sapwood keeps what it can make again."""
+"""Where Sapwood keeps what it can make again, and how a full disk is told."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+#: What the system says where a disk is full or a quota used up.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_dir() -> Path:

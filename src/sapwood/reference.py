@@ -39,8 +39,15 @@ class ReferenceCache:
         pack: Callable[[Sequence[Row]], list[list[Row]]],
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """Score every record. Raises StorageError where the run folder can't hold the values (4 bytes a token)."""
+        """Score every record, unless a run that goes on has done so already.
+
+        Raises StorageError where the run folder can't hold the values (4 bytes a token).
+        """
         total = len(self.dataset)
+        starts = self.path.with_name("start.npy")
+        if starts.is_file():  # written last
+            self._open(np.load(starts, allow_pickle=False))
+            return
         counts = np.zeros(total, np.int64)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +64,14 @@ class ReferenceCache:
                         file.write(row.reference_logprobs.astype(np.float32).tobytes())
                     if progress is not None:
                         progress("reference", indices[-1] + 1, total)
-        self._start = np.concatenate([[0], np.cumsum(counts)])
-        self._values = np.memmap(self.path, np.float32, mode="r") if counts.any() else np.zeros(0, np.float32)
+            with starts.with_suffix(".part").open("wb") as file:
+                np.save(file, np.concatenate([[0], np.cumsum(counts)]))
+            starts.with_suffix(".part").replace(starts)
+        self._open(np.load(starts, allow_pickle=False))
+
+    def _open(self, start: np.ndarray) -> None:
+        self._start = start
+        self._values = np.memmap(self.path, np.float32, mode="r") if start[-1] else np.zeros(0, np.float32)
 
     def fill(self, groups: Sequence[Group], rows: Sequence[Row]) -> None:
         """Give these rows, all rows of their groups, their reference log-probabilities."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,11 +127,13 @@ def to_rows(groups: Sequence[Group], temperature: float) -> list[Row]:
 def records(groups: Sequence[Group], rows: Sequence[Row], decode: Callable[[Ids], str]) -> list[dict[str, Any]]:
     """One JSON-serialisable record per trajectory: texts, tokens, log-probabilities, rewards by part, advantages.
 
-    messages and answer: the task's own; empty and None where the environment writes its prompts.
+    messages and answer: the task's own; empty and None where the environment writes its prompts. tokens: a text a
+    token of the reply; logprobs: the policy's in the last update; ratios: its probability in that update over that
+    before the first; None where nothing was learnt.
 
-    rows: those of the groups, for their advantages; decode: token ids to text, special tokens kept.
+    rows: those of the groups, for what was learnt of them; decode: token ids to text, special tokens kept.
     """
-    advantages = _advantages_by_turn(rows)
+    learnt = _learnt_by_turn(rows)
     return [
         {
             "task": trajectory.task.id,
@@ -144,7 +146,7 @@ def records(groups: Sequence[Group], rows: Sequence[Row], decode: Callable[[Ids]
             "terminated": trajectory.terminated,
             "truncated": trajectory.truncated,
             "error": trajectory.error,
-            "turns": [_turn_record(turn, advantages.get((g, m, t)), decode) for t, turn in enumerate(trajectory.turns)],
+            "turns": [_turn_record(turn, learnt.get((g, m, t), {}), decode) for t, turn in enumerate(trajectory.turns)],
         }
         for g, group in enumerate(groups)
         for m, trajectory in enumerate(group.trajectories)
@@ -404,25 +406,47 @@ def _joined(turns: Sequence[Turn], name: str) -> Floats | None:
     return np.concatenate(arrays).astype(np.float32, copy=False)
 
 
-def _advantages_by_turn(rows: Sequence[Row]) -> dict[tuple[int, int, int], list[float]]:
-    found: dict[tuple[int, int, int], list[float]] = {}
+def _learnt_by_turn(rows: Sequence[Row]) -> dict[tuple[int, int, int], dict[str, list[float]]]:
+    """By (group, member, turn): name -> a value a token of the reply."""
+    found: dict[tuple[int, int, int], dict[str, list[float]]] = {}
     for row in rows:
-        if row.advantages is not None:
-            for turn, value in zip(row.turn.tolist(), row.advantages.tolist(), strict=True):
-                found.setdefault((row.group, row.member, turn), []).append(value)
+        before = row.old_logprobs if row.old_logprobs is not None else row.sampled_logprobs
+        ratios = None if row.logprobs is None or before is None else np.exp(row.logprobs - before)
+        for name, values in (("advantages", row.advantages), ("logprobs", row.logprobs), ("ratios", ratios)):
+            if values is not None:
+                for turn, value in zip(row.turn.tolist(), values.tolist(), strict=True):
+                    found.setdefault((row.group, row.member, turn), {}).setdefault(name, []).append(value)
     return found
 
 
-def _turn_record(turn: Turn, advantages: list[float] | None, decode: Callable[[Ids], str]) -> dict[str, Any]:
+def pieces(ids: Ids, decode: Callable[[Ids], str]) -> list[str]:
+    """A text a token, which together are the decoded text; a character that several tokens spell is the last one's."""
+    found: list[str] = []
+    # A window of the token before and those not told yet: tokenizers write a token differently at the start of a text.
+    start = read = 0
+    for end in range(1, len(ids) + 1):
+        before, after = decode(ids[start:read]), decode(ids[start:end])
+        if after.endswith("\ufffd") and end < len(ids) and end - read < 8:
+            found.append("")
+            continue
+        found.append(after[len(before) :])
+        start, read = read, end
+    return found
+
+
+def _turn_record(turn: Turn, learnt: Mapping[str, list[float]], decode: Callable[[Ids], str]) -> dict[str, Any]:
     return {
         "prompt": decode(turn.prompt_ids),
         "reply": turn.text,
         "prompt_ids": turn.prompt_ids.tolist(),
         "token_ids": turn.token_ids.tolist(),
+        "tokens": pieces(turn.token_ids, decode),
         "sampled_logprobs": turn.sampled_logprobs.tolist(),
+        "logprobs": learnt.get("logprobs"),
+        "ratios": learnt.get("ratios"),
         "stop_reason": str(turn.stop_reason),
         "reward": turn.reward,
         "restart": turn.restart,
         "info": dict(turn.info),
-        "advantages": advantages,
+        "advantages": learnt.get("advantages"),
     }

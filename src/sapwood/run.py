@@ -1,9 +1,11 @@
-"""The run folder: what ran, what it measured, what it sampled. Never written twice.
+"""The run folder: what ran, what it measured, what it sampled. Never written twice, but gone on with.
 
     recipe.yaml  environment.json            the resolved recipe; versions, hardware, commit
     metrics.jsonl                            one line a record, without wall-clock: equal runs give equal bytes
     timing.jsonl                             seconds and rates, apart for that reason
+    warnings.jsonl  events.jsonl             what guards found; what happened by the clock (start, stop, resume ...)
     samples/step_000010.jsonl.gz             every rollout of the step
+    samples/eval_000010.jsonl.gz             the held-out tasks as played after it
     logs/training_*.log  tensorboard/  plots/training.png
 
 JSON has no NaN: a number that isn't finite is written as null and read back as NaN.
@@ -23,26 +25,37 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sapwood.config import Recipe, dump_recipe, load_recipe
 from sapwood.environment import describe
 from sapwood.errors import MissingExtra, StorageError
+from sapwood.paths import FULL
 from sapwood.rollout import records
 from sapwood.types import Group, Ids, Row
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger("sapwood")
 
 
 class Run:
-    """An open run folder. Use `Run.create` for training and `Run.open` to read one; close it, or use `with`."""
+    """An open run folder. Use `Run.create` for training, `Run.resume` to go on, `Run.open` to read; close it, or use
+    `with`. when_full: called with a path where the disk is full, to wait for space; an error unless set.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.dir = folder
         self.recipe = recipe
         self._files: dict[str, io.FileIO] = {}
+        self.when_full: Callable[[Path], None] | None = None
         self._handler: logging.Handler | None = None
+        self._lock: io.FileIO | None = None
         self._tensorboard: Any = None
 
     @staticmethod
@@ -52,13 +65,15 @@ class Run:
             raise MissingExtra("tensorboard", "tensorboard", "the tracker 'tensorboard'")
         folder = recipe.run.dir
         with writing(folder):
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            if folder.exists() and not (folder.is_dir() and all(_begun(path) for path in folder.iterdir())):
+                going_on = ", or go on with it by --resume" if (folder / "recipe.yaml").is_file() else ""
                 raise StorageError(
                     f"{folder}: already exists and a run is never overwritten; choose another folder, "
-                    f"e.g. run.dir={free_name(folder)}."
+                    f"e.g. run.dir={free_name(folder)}{going_on}."
                 )
             folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, recipe)
+        run._take_lock()
         run.write_text("recipe.yaml", dump_recipe(recipe))
         facts = {**describe(), "seed": recipe.run.seed}
         run.write_text("environment.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
@@ -68,6 +83,47 @@ class Run:
 
             run._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         return run
+
+    @staticmethod
+    def resume(recipe: Recipe, step: int, *, pending: bool = False, aside: bool = False) -> Run:
+        """Go on with the folder `run.dir` after `step` (0: from the beginning); what was written later is cut.
+
+        pending: the step's evaluation, and so its row, is still to come. aside: keep what is cut in set_aside/TIME.
+        Raises StorageError where there is no run, or another process is training it.
+        """
+        folder = recipe.run.dir
+        if not (folder / "recipe.yaml").is_file():
+            raise StorageError(
+                f"{folder}: there is no run to resume, it has no recipe.yaml; start it without --resume."
+            )
+        run = Run(folder, recipe)
+        run._take_lock()
+        with writing(folder):
+            _cut(folder, step, pending, _aside(folder) if aside else None)
+        run.write_text("recipe.yaml", dump_recipe(recipe))
+        run._start_log()
+        return run
+
+    def _take_lock(self) -> None:
+        """Hold the folder for this process; the system lets go of it when the process ends, however it does."""
+        if fcntl is None:
+            return
+        with writing(self.dir):
+            lock = open(self.dir / ".lock", "a+b", buffering=0)  # noqa: SIM115  (closed by `close`)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = (lock.seek(0), lock.read(20))[1].decode(errors="replace").strip()
+            lock.close()
+            raise StorageError(
+                f"{self.dir}: process {holder or '?'} is training this run; wait for it, or stop it first."
+            ) from None
+        except OSError:  # a file system without locks
+            lock.close()
+            return
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
+        self._lock = lock
 
     @staticmethod
     def open(folder: Path | str) -> Run:
@@ -98,6 +154,9 @@ class Run:
             self._handler.close()
             self._handler = None
             logging.captureWarnings(False)  # without a handler they would vanish
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder, its parent created."""
@@ -123,17 +182,31 @@ class Run:
         """Append seconds and rates to timing.jsonl."""
         self._append("timing.jsonl", {"step": step, **{name: _plain(value) for name, value in timing.items()}})
 
+    def warn(self, step: int, warning: Mapping[str, Any]) -> None:
+        """Append what a guard found to warnings.jsonl."""
+        self._append("warnings.jsonl", {"step": step, **warning})
+
+    def event(self, kind: str, message: str, step: int) -> None:
+        """Append something that happened by the clock to events.jsonl.
+
+        kind: start, resume, stop, checkpoint, memory, disk, skip or finish.
+        """
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append("events.jsonl", {"time": moment, "step": step, "kind": kind, "message": message})
+        logger.info("%s: %s", kind, message)
+
     def save_samples(
         self,
         step: int,
         groups: Sequence[Group],
         rows: Sequence[Row] = (),
         decode: Callable[[Ids], str] | None = None,
+        name: str = "step",
     ) -> Path:
-        """Write every trajectory, a line each, to samples/step_NNNNNN.jsonl.gz.
+        """Write every trajectory, a line each, to samples/step_NNNNNN.jsonl.gz (or another name than step).
 
-        rows: those made from the groups, for their advantages; decode: token ids to text, special tokens kept, for
-        the prompts (left empty without it). Equal samples give equal bytes.
+        rows: those made from the groups, for what was learnt of them; decode: token ids to text, special tokens kept
+        (texts are left empty without it). Equal samples give equal bytes.
         """
         known: dict[bytes, str] = {}  # the members of a group share their prompts
 
@@ -149,14 +222,14 @@ class Run:
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
             for record in records(groups, rows, text):
                 packed.write((_dumps({"step": step, **record}) + "\n").encode())
-        return self._write_bytes(self.path("samples", f"step_{step:06d}.jsonl.gz"), buffer.getvalue())
+        return self._write_bytes(self.path("samples", f"{name}_{step:06d}.jsonl.gz"), buffer.getvalue())
 
     def abandon(self) -> bool:
         """Remove the folder of a run that failed before it measured anything, so that its name is free again.
 
         False, with the folder left alone, where there is something to keep.
         """
-        kept = ("metrics.jsonl", "samples", "checkpoints")
+        kept = ("metrics.jsonl", "samples", "checkpoints", "evidence")
         if any((self.dir / name).exists() for name in kept):
             return False
         self.close()
@@ -166,12 +239,24 @@ class Run:
 
     def saved(self) -> str:
         """What the folder holds so far, for a user who stopped the run."""
+        return f"saved in {self.dir}: {self.progress_told()}."
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        events = self.dir / "events.jsonl"
+        if not events.is_file():
+            return (self.dir / "evaluation.json").is_file()
+        kinds = [record["kind"] for record in read_metrics(events)]
+        return bool(kinds) and kinds[-1] == "finish"
+
+    def progress_told(self) -> str:
+        """How far the run got, in words."""
         metrics = self.dir / "metrics.jsonl"
         history = read_metrics(metrics) if metrics.is_file() else []
         steps = f"metrics up to step {history[-1]['step']}" if history else "no finished step"
         checkpoints = sorted((self.dir / "checkpoints").glob("step_*"))
-        newest = f"checkpoint {checkpoints[-1]}" if checkpoints else "no checkpoint"
-        return f"saved in {self.dir}: {steps}, {newest}."
+        return f"{steps}, {f'checkpoint {checkpoints[-1]}' if checkpoints else 'no checkpoint'}"
 
     def plot(self) -> Path | None:
         """Draw plots/training.png from metrics.jsonl; None where nothing has been logged."""
@@ -187,7 +272,8 @@ class Run:
 
     def _write_bytes(self, path: Path, content: bytes) -> Path:
         aside = path.with_name(path.name + ".part")
-        with writing(path):
+
+        def write() -> None:
             try:
                 with open(aside, "wb") as file:
                     file.write(content)
@@ -196,14 +282,28 @@ class Run:
                 with contextlib.suppress(OSError):  # the first error is the one to report
                     aside.unlink(missing_ok=True)
                 raise
+
+        with writing(path):
+            self._patiently(path, write)
         return path
+
+    def _patiently(self, path: Path, write: Callable[[], None]) -> None:
+        """Write, and where the disk is full let `when_full` wait and write again. `write` does all or nothing."""
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in FULL or self.when_full is None:
+                    raise
+                self.when_full(path)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self.path(name)
         with writing(path):
             if name not in self._files:
                 self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by `close`)
-            _write_line(self._files[name], (_dumps(record) + "\n").encode())
+            line = (_dumps(record) + "\n").encode()
+            self._patiently(path, lambda: _write_line(self._files[name], line))
 
     def _start_log(self) -> None:
         path = self.path("logs", f"training_{time.strftime('%Y%m%d_%H%M%S')}.log")
@@ -218,6 +318,66 @@ class Run:
 
 
 _LOGGERS = ("sapwood", "py.warnings")
+
+
+def _begun(path: Path) -> bool:
+    """Whether this is what a run leaves that was killed before it wrote its recipe."""
+    return path.name == ".lock" or path.name.endswith(".part")
+
+
+def _aside(folder: Path) -> Path:
+    """An empty folder for what a resumed run leaves behind."""
+    target = free_name(folder / "set_aside" / time.strftime("%Y%m%d_%H%M%S"))
+    target.mkdir(parents=True)
+    return target
+
+
+def _cut(folder: Path, step: int, pending: bool, aside: Path | None) -> None:
+    """Leave what was written up to `step`. Rows and evaluations of a pending step are written again."""
+    closed = step - pending
+    for name in ("metrics.jsonl", "timing.jsonl", "warnings.jsonl"):
+        path = folder / name
+        if path.is_file():
+            if aside is not None:
+                shutil.copy2(path, aside / name)
+            _cut_lines(path, closed if step else -1)
+    later = [
+        *(path for path in (folder / "samples").glob("step_*") if _number(path) > step),
+        *(path for path in (folder / "samples").glob("eval_*") if _number(path) > (closed if step else -1)),
+        *(path for path in (folder / "evidence").glob("step_*") if _number(path) > step),
+        *(path for path in (folder / "checkpoints").glob("step_*") if _number(path) > step),
+    ]
+    for path in later:
+        if aside is not None:
+            (aside / path.parent.name).mkdir(exist_ok=True)
+            shutil.move(path, aside / path.parent.name / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in (folder / "checkpoints").glob(".step_*"):  # what a killed writer left
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _number(path: Path) -> int:
+    """The step in a name like step_000012_1.jsonl.gz."""
+    digits = path.name.split(".")[0].split("_")[1]
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
+
+
+def _cut_lines(path: Path, last: int) -> None:
+    """Leave the records up to step `last`; a torn line at the end goes too."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > last:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    aside = path.with_name(path.name + ".part")
+    aside.write_bytes(b"".join(kept))
+    os.replace(aside, path)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -260,7 +420,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise StorageError(f"{path}: the disk is full{_free(path)}; free some space. {_KEPT}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"{path}: no permission to write; choose another run.dir.") from error

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ MAX_RESAMPLES = 3
 FIRST_RECORDS = 256
 
 # Streams of the run's seed, so that no two uses draw the same numbers.
-TASKS, SAMPLING, ORDER, DROPOUT = range(4)
+TASKS, SAMPLING, ORDER, DROPOUT, GLOBAL = range(5)
 
 
 def derive(seed: int, *path: int) -> int:
@@ -73,6 +74,14 @@ class Source(ABC):
         """What was cut or left out over the whole run."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """What can't be told from the step alone, to checkpoint."""
+        return {"given": self._given}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self._given = int(state["given"])
+
 
 @dataclass
 class Rollouts(Source):
@@ -96,6 +105,25 @@ class Rollouts(Source):
     def counts(self) -> Mapping[str, int]:
         """Prompts cut or dropped by the limits on length."""
         return self.grouper.counts if self.grouper is not None else {}
+
+    def state(self) -> dict[str, Any]:
+        """Of the environment family and the rewards too."""
+        return {
+            **super().state(),
+            "counts": dict(self.counts()),
+            "family": self.family.state(),
+            "rewards": [{"kind": type(reward).__name__, "state": reward.state()} for reward in self.rewards],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        super().load_state(state)
+        if self.grouper is not None:
+            self.grouper.counts.update(state["counts"])
+        self.family.load_state(state["family"])
+        for reward, kept in zip(self.rewards, state["rewards"], strict=False):
+            if kept["kind"] == type(reward).__name__:  # a resumed run may have other rewards
+                reward.load_state(kept["state"])
 
     def groups(self, step: int) -> list[Group]:
         """A step's groups. With resampling, groups that can't teach are replaced, a bounded number of times."""
@@ -158,6 +186,15 @@ class Records(Source):
     def counts(self) -> Mapping[str, int]:
         """Records cut or dropped by the limits on length."""
         return self.grouper.counts
+
+    def state(self) -> dict[str, Any]:
+        """Counts; the place in the epoch follows from the step."""
+        return {**super().state(), "counts": dict(self.grouper.counts)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        super().load_state(state)
+        self.grouper.counts.update(state["counts"])
 
     def _group(self, position: int) -> Group | None:
         epoch, at = divmod(position, len(self.dataset))

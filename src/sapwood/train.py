@@ -17,37 +17,46 @@ sapwood train recipes/hvac_demo.yaml
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import logging
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from sapwood import checkpoint
-from sapwood.algorithms import Algorithm, RowBatch, Totals
+from sapwood import checkpoint, resume
+from sapwood.algorithms import Algorithm, Forward, RowBatch, Totals
 from sapwood.chat import Chat
-from sapwood.config import Recipe
-from sapwood.errors import ConfigError, TrainingStopped
+from sapwood.config import Recipe, dump_recipe
+from sapwood.errors import ConfigError, SapwoodError, Stopped, StorageError, TrainingStopped
 from sapwood.evaluate import EvalTable, MetricTable
 from sapwood.models.load import Policy
 from sapwood.models.roles import Models
-from sapwood.optimizer import Stepper
-from sapwood.parts import Parts, build
+from sapwood.optimizer import Stepper, counters, set_counters
+from sapwood.parts import Parts, build, higher_is_better
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
+from sapwood.resume import Start
 from sapwood.rollout import to_rows
 from sapwood.run import Run
-from sapwood.source import DROPOUT, ORDER, derive
+from sapwood.signals import Interrupted, Stopping
+from sapwood.source import DROPOUT, GLOBAL, ORDER, derive
 from sapwood.tree import pack
-from sapwood.types import Group, Row
+from sapwood.types import Group, Ids, Row
 
 BASE, TRAINED = "base model", "trained model"
+
+#: Between two looks at a full disk.
+POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,17 +73,21 @@ class TrainResult:
     figures: MetricTable | None = None
 
 
-def train(recipe: Recipe, run: Run | None = None, progress: Progress | None = None) -> TrainResult:
+def train(
+    recipe: Recipe, run: Run | None = None, progress: Progress | None = None, start: Start | None = None
+) -> TrainResult:
     """Train as the recipe says, into a fresh run folder (or the open one given).
 
-    progress: where to report; a plain line a step unless given. Raises SapwoodError for what a user can act on.
+    progress: where to report; a plain line a step unless given. start: where a resumed run goes on (`resume.find`),
+    with its folder opened by `Run.resume`. Raises SapwoodError for what a user can act on; Stopped where a signal
+    ended the run, which was saved first.
     """
     recipe.check_trainable()
     with ExitStack() as stack:
         shown = progress or stack.enter_context(Progress())
         log = run or stack.enter_context(Run.create(recipe))
         shown.phase("loading")
-        return Trainer.of(recipe, log, shown).run_all()
+        return Trainer.of(recipe, log, shown, start or Start()).run_all()
 
 
 def split_updates(rows: Sequence[Row], updates: int, seed: int) -> list[list[Row]]:
@@ -89,18 +102,40 @@ def split_updates(rows: Sequence[Row], updates: int, seed: int) -> list[list[Row
 
 @dataclass
 class Trainer:
-    """One run. `of` builds its parts from a recipe; the loop is `run_all`, a step is `step`."""
+    """One run. `of` builds its parts from a recipe; the loop is `run_all`, a step is `step`.
+
+    done: updates made; pending: metrics and timing of the last step while its evaluation is to come.
+    """
 
     recipe: Recipe
     log: Run
     progress: Progress
     parts: Parts
+    first_weights: str = ""
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    done: int = 0
+    pending: tuple[dict[str, float], dict[str, float]] | None = None
+    finished: str | None = None
+    _stopping: Stopping = field(default_factory=Stopping)
+    _last: dict[str, float] = field(default_factory=dict)
+    _kept: dict[str, Any] = field(default_factory=dict)
+    _touched: bool = False
+    _saved_step: int = -1
+    _saved_at: float = field(default_factory=time.monotonic)
+    _waiting: bool = False
 
     @staticmethod
-    def of(recipe: Recipe, run: Run, progress: Progress) -> Trainer:
-        """Build everything that a run needs."""
-        return Trainer(recipe, run, progress, build(recipe, run.dir, progress))
+    def of(recipe: Recipe, run: Run, progress: Progress, start: Start = Start()) -> Trainer:  # noqa: B008  (frozen)
+        """Build everything that a run needs, and put it where the run left off."""
+        _seed_globals(recipe.run.seed, 0)
+        parts = build(recipe, run.dir, progress)
+        trainer = Trainer(recipe, run, progress, parts, resume.fingerprint(parts.models))
+        if start.folder is not None:
+            trainer._restore(start)
+            span = (int(start.state["steps"]), parts.steps)
+            if start.before is not None and (note := resume.schedule_note(start.before, recipe, span, start.step)):
+                parts.notes.append(note)
+        return trainer
 
     @property
     def algorithm(self) -> Algorithm:
@@ -133,47 +168,211 @@ class Trainer:
 
     def run_all(self) -> TrainResult:
         """Evaluate, train all steps, evaluate again; checkpoints, samples and metrics as the recipe asks."""
-        recipe, steps = self.recipe, self.parts.steps
+        section, best = self.recipe.checkpoint, self.recipe.checkpoint.best
+        higher = section.mode == "max" or (section.mode == "auto" and best is not None and higher_is_better(best))
+        self.log.when_full = self._wait_for_space
+        writer = checkpoint.Writer(
+            self.log.dir, section.keep, best, higher, background=section.background, when_full=self._wait_for_space
+        )
+        with self._stopping, writer:
+            try:
+                return self._run(writer)
+            except Interrupted:
+                raise self._stop(writer) from None
+            except Exception:
+                self._rescue(writer)
+                raise
+
+    def _run(self, writer: checkpoint.Writer) -> TrainResult:
+        steps = self.parts.steps
         for note in self.parts.notes:
             self.progress.note(note)
-        self._evaluate_start()
+        self.log.event("resume" if self.done else "start", f"{steps - self.done} steps to make", self.done)
+        if self.done == 0:
+            with self._stopping.interruptible():
+                self._evaluate_start()
         if self._cache is not None:
             self.progress.phase("reference log-probabilities")
-            self._cache.build(self.models, self._pack, self.progress.work)
-        self.progress.start(steps)
-        saved = None
-        for step in range(1, steps + 1):
-            metrics, timing = self.step(step)
-            due = step == steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
-            if due:
-                metrics |= self._evaluate(TRAINED)
-            last = self._see(metrics, due) or step == steps
-            if last and not due:
-                metrics |= self._evaluate(TRAINED)
-            self.log.log_metrics(step, metrics)
-            self.log.log_timing(step, timing)
-            self.progress.step(step, metrics, timing)
-            if last or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
-                saved = checkpoint.save(self.models, self.log.dir, step, recipe.checkpoint.keep)
-            if last:
-                break
+            with self._stopping.interruptible():
+                self._cache.build(self.models, self._pack, self.progress.work)
+        self.progress.start(steps, done=self.done)
+        if self.finished is not None:
+            self.progress.note(f"nothing is left to do ({self.finished}); give more run.steps to go on.")
+        while self.finished is None:
+            if self.pending is None:
+                self._advance(self.done + 1)
+                if self._stopping.requested is not None:
+                    raise Interrupted
+            self._close(writer)
+        if self._saved_step != self.done:
+            self._save(writer)
+        writer.wait()
         self.progress.stop()
         for what, count in self.parts.source.counts().items():
             self.progress.note(f"data: {what}: {count:,}")
-        assert saved is not None
-        return self._result(saved)
+        result = self._result(checkpoint.folder_of(self.log.dir, self.done) / "policy")
+        self.log.event("finish", self.finished, self.done)
+        return result
+
+    def _advance(self, step: int) -> None:
+        """Make step `step`'s updates; its metrics wait for what is measured after them."""
+        self.pending = self.step(step)
+        self.done = step
+
+    def _close(self, writer: checkpoint.Writer) -> None:
+        """Measure what is due after the last updates, write the step's rows and maybe a checkpoint."""
+        assert self.pending is not None
+        recipe, step, (learnt, timing) = self.recipe, self.done, self.pending
+        metrics = dict(learnt)
+        due = step == self.parts.steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
+        if due:
+            with self._stopping.interruptible():
+                metrics |= self._evaluate(TRAINED)
+        watchers = self._watcher_state()
+        last = self._see(metrics, due) or step == self.parts.steps
+        if last and not due:
+            try:
+                with self._stopping.interruptible():
+                    metrics |= self._evaluate(TRAINED)
+            except Interrupted:
+                self._set_watchers(watchers)  # they see this step again on resuming
+                raise
+        self.log.log_metrics(step, metrics)
+        self.log.log_timing(step, timing)
+        self.progress.step(step, metrics, timing)
+        self.pending, self._last = None, metrics
+        if last:
+            self.finished = "all steps are made" if step == self.parts.steps else "stopped early"
+        elif self._checkpoint_due(step):
+            self._save(writer)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        section = self.recipe.checkpoint
+        if section.every and step % section.every == 0:
+            return True
+        return section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
+
+    # --- saving and resuming ------------------------------------------------------------------------------------
+
+    def _save(self, writer: checkpoint.Writer) -> None:
+        metrics = self._last if self.pending is None else self.pending[0]
+        writer.submit(
+            lambda: checkpoint.snapshot(self.models, self.done, self._state(), metrics, dump_recipe(self.recipe))
+        )
+        # One without its evaluation is written again once that is made.
+        self._saved_at, self._saved_step = time.monotonic(), self.done if self.pending is None else -1
+
+    def _stop(self, writer: checkpoint.Writer) -> Stopped:
+        """Save as things stand, and say so."""
+        self.progress.phase("saving")
+        why = self._stopping.reason
+        if self.done and self._saved_step != self.done:
+            self._save(writer)
+        writer.wait()
+        self.log.event("stop", f"by {why}", self.done)
+        self.progress.stop()
+        self.log.plot()
+        told = self.log.saved() if self.done else "nothing had been learnt yet."
+        return Stopped(
+            f"stopped by {why}; {told} Go on with: sapwood train --resume {self.log.dir}", self._stopping.exit_code
+        )
+
+    def _rescue(self, writer: checkpoint.Writer) -> None:
+        """Something failed: keep the last finished step, unless an update of the next has changed the weights."""
+        if self.done and self._saved_step != self.done and not self._touched:
+            with contextlib.suppress(SapwoodError):  # what failed first is what is told
+                self._save(writer)
+                writer.wait()
+
+    def _wait_for_space(self, path: Path) -> None:
+        """The disk is full: wait until there is some room, or until the run is asked to stop."""
+        if not self._waiting:
+            self._waiting = True
+            self.progress.note(f"the disk is full: waiting to write {path}. Free some space and the run goes on.")
+            logging.getLogger("sapwood").warning("the disk is full: waiting to write %s", path)
+        if self._stopping.requested is not None:
+            raise StorageError(f"{path}: the disk is full, so this can't be saved; what was written before is whole.")
+        time.sleep(POLL_SECONDS)
+
+    def _watcher_state(self) -> dict[str, Any]:
+        early, plateau = self.parts.early_stopping, self.stepper.plateau
+        return {
+            "early_stopping": None if early is None else counters(early),
+            "plateau": None if plateau is None else counters(plateau),
+        }
+
+    def _set_watchers(self, state: Mapping[str, Any]) -> None:
+        for watcher, kept in (
+            (self.parts.early_stopping, state["early_stopping"]),
+            (self.stepper.plateau, state["plateau"]),
+        ):
+            if watcher is not None and kept is not None:
+                set_counters(watcher, kept)
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, beside whole models, which their folders hold."""
+        tasks = self.parts.tasks
+        return {
+            "step": self.done,
+            "steps": self.parts.steps,
+            "pending": None if self.pending is None else list(self.pending),
+            "finished": self.finished,
+            "metrics": self._last,
+            "first_weights": self.first_weights,
+            "parameters": resume.trained(self.models),
+            "stepper": self.stepper.state(),
+            "watchers": self._watcher_state(),
+            **self._kept,
+            "tasks": None if tasks is None else tasks.state(),
+            "evaluations": self.evaluations,
+        }
+
+    def _restore(self, start: Start) -> None:
+        """Put freshly built parts into the state of a checkpoint."""
+        state = start.state
+        assert start.folder is not None
+        if state["first_weights"] != self.first_weights:
+            raise StorageError(
+                f"{start.folder}: the run began with other weights than model.init_from or model.name gives today, so "
+                "it can't go on from them as it was; put them back, or start another run from this checkpoint with "
+                "model.init_from."
+            )
+        resume.load_weights(self.models, start.folder, state)
+        self.stepper.load_state(state["stepper"])
+        self._set_watchers(state["watchers"])
+        self.algorithm.load_state(state["algorithm"])
+        self.parts.source.load_state(state["source"])
+        if self.parts.tasks is not None and state["tasks"] is not None:
+            self.parts.tasks.load_state(state["tasks"])
+        self.evaluations = {name: dict(found) for name, found in state["evaluations"].items()}
+        self.done, self._saved_step = start.step, -1 if start.pending else start.step
+        self._kept, self._last = self._between(), dict(state["metrics"])
+        early = self.parts.early_stopping
+        if state["pending"] is not None:
+            learnt, timing = state["pending"]
+            self.pending = (dict(learnt), dict(timing))
+        elif start.step >= self.parts.steps or (early is not None and early.waited >= early.patience):
+            self.finished = state["finished"]
+        if self.parts.engine is not None:
+            self.parts.engine.load(self.policy)
+
+    # --- a step -------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
         """One batch and its updates. Returns (metrics, timing): the former without wall-clock."""
         began = time.perf_counter()
+        seed = self.recipe.run.seed
+        _seed_globals(seed, step)
+        order = derive(seed, ORDER, step)
         self.progress.phase("sampling" if self.algorithm.learns_from == "rollouts" else "reading")
-        groups = self.parts.source.groups(step)
-        rows = to_rows(groups, self.parts.source.temperature)
+        # Until its first update nothing is learnt: a run that ends there is at the end of the step before.
+        self._kept, self._touched = checkpoint.copied(self._between()), False
+        with self._stopping.interruptible():
+            groups = self.parts.source.groups(step)
+            rows = to_rows(groups, self.parts.source.temperature)
         gathered = time.perf_counter()
         self.progress.phase("learning")
-        seed = self.recipe.run.seed
         torch.manual_seed(derive(seed, DROPOUT, step))
-        order = derive(seed, ORDER, step)
         metrics = self.algorithm.begin(step, self.parts.steps) | self.parts.source.metrics()
         self._score(groups, rows, order)
         kept, credited = self.algorithm.credit(groups, rows)
@@ -184,13 +383,25 @@ class Trainer:
         learnt = time.perf_counter()
         if self.parts.engine is not None:
             self.parts.engine.load(self.policy)
-        if self.recipe.samples.every and step % self.recipe.samples.every == 0:
-            self.log.save_samples(step, groups, kept, self.chat.decode)
+        if self._samples_due(step):
+            self.log.save_samples(step, groups, kept, self._decode)
         if self.parts.examples:
             metrics["epoch"] = step * self.recipe.optim.groups_per_step / self.parts.examples
         metrics |= _reply_metrics(groups)
         timing = self._timing(groups, rows, began, gathered, learnt)
+        self._kept, self._touched = self._between(), False
         return {name: value for name, value in metrics.items() if not name.startswith("_")}, timing
+
+    def _between(self) -> dict[str, Any]:
+        """The state that a step changes before its first update."""
+        return {"algorithm": self.algorithm.state(), "source": self.parts.source.state()}
+
+    def _samples_due(self, step: int) -> bool:
+        every = self.recipe.samples.every
+        return bool(every and step % every == 0)
+
+    def _decode(self, ids: Ids) -> str:
+        return self.chat.decode(ids, skip_special_tokens=False)
 
     def _timing(
         self, groups: Sequence[Group], rows: Sequence[Row], began: float, gathered: float, learnt: float
@@ -254,10 +465,13 @@ class Trainer:
             forward = self.models.forward(micro, self.algorithm.needs)
             output = self.algorithm.loss(forward, RowBatch.of(micro, self.policy.device), totals)
             self.stepper.backward(output.loss)
+            if self._samples_due(step):
+                _keep_logprobs(micro, forward)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         sums |= self.stepper.clip()
         self._guard(step, sums)
+        self._touched = True
         self.stepper.step()
         return sums
 
@@ -297,12 +511,15 @@ class Trainer:
     def _evaluate(self, name: str) -> dict[str, float]:
         """Held-out tasks and records with the current policy. The seed is the run's, so that evaluations compare."""
         self.progress.phase("evaluating")
+        _seed_globals(self.recipe.run.seed, self.done)
         metrics: dict[str, float] = {}
         if self.parts.records is not None:
             self.evaluations[name] = self.parts.records.measure(self._pack)
             metrics |= self.evaluations[name]
         if self.parts.tasks is not None:
             metrics |= self.parts.tasks.play(name, self.progress.work)
+            if self.recipe.samples.every:
+                self.log.save_samples(self.done, self.parts.tasks.played, decode=self._decode, name="eval")
         return {f"eval/{key}": value for key, value in metrics.items()}
 
     def _see(self, metrics: Mapping[str, float], evaluated: bool) -> bool:
@@ -340,6 +557,23 @@ class Trainer:
         if told:
             self.log.write_text("evaluation.json", json.dumps(told, indent=2) + "\n")
         return TrainResult(self.log.dir, saved, self.log.plot(), table, figures)
+
+
+def _seed_globals(seed: int, step: int) -> None:
+    """Worlds and rewards of others may draw from the global generators: those follow from the run's seed too."""
+    drawn = derive(seed, GLOBAL, step)
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
+
+
+def _keep_logprobs(rows: Sequence[Row], forward: Forward) -> None:
+    """What the policy gives a row's tokens in this update, for the samples."""
+    if not forward.logprobs.numel():
+        return
+    parts = forward.logprobs.detach().float().cpu().split([row.scored for row in rows])
+    for row, part in zip(rows, parts, strict=True):
+        row.logprobs = part.numpy().copy()
 
 
 def _told(metrics: Mapping[str, float]) -> str:

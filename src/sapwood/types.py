@@ -122,6 +122,7 @@ class Row:
     turn [S]: index of the trajectory's turn that each scored token belongs to.
     sampled_logprobs [S], kept_logmass [S]: from the engine. old_logprobs [S]: the trainer's policy before the update.
     reference_logprobs [S], values [S], returns [S], advantages [S]: filled by scoring and credit where needed.
+    logprobs [S]: the policy's in the last update that saw the row, where samples are kept.
     group, member: which trajectory of which group of the batch; reward: that trajectory's total.
     bootstrap: the critic's value of the state after the row's last token, for rows that a budget cut short.
     temperature: logits are divided by it in every training-side log-probability.
@@ -133,6 +134,7 @@ class Row:
     sampled_logprobs: Floats | None = None
     kept_logmass: Floats | None = None
     old_logprobs: Floats | None = None
+    logprobs: Floats | None = None
     reference_logprobs: Floats | None = None
     values: Floats | None = None
     advantages: Floats | None = None

@@ -147,7 +147,7 @@ def test_a_critic_is_saved_beside_its_policy(model_dir, tmp_path, kind):
     for i, group in enumerate(models.parameter_groups().values()):
         stir(group, seed=i)
     folder = checkpoint.save(models, tmp_path, 1, 1).parent
-    assert sorted(p.name for p in folder.iterdir()) == ["critic", "policy"]
+    assert sorted(p.name for p in folder.iterdir()) == ["critic", "manifest.json", "policy"]
     assert find_adapter(tmp_path, "critic") == folder / "critic"
     rows = random_rows(3, 1)[:4]
     models.score([rows], needs)

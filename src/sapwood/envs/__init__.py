@@ -83,3 +83,13 @@ class EnvFamily(BaseModel, ABC):
     def baselines(self) -> Mapping[str, Any]:
         """Named controllers without a language model: name -> callable(task) -> episode return, for evaluation."""
         return {}
+
+    def state(self) -> dict[str, Any]:
+        """What outlives an episode (visit counts, an archive), to checkpoint: plain data and tensors.
+
+        A family without such a state is a function of its tasks, and gives {}.
+        """
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""

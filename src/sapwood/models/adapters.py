@@ -7,7 +7,7 @@ weights are named as a causal model's are, so either kind of file can start eith
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,8 +175,13 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     return list(named_adapter(model, name).values())
 
 
-def write_classifier(model: Any, name: str, head: nn.Module, folder: Path, base: str) -> None:
-    """One adapter and a scalar head as a PEFT folder that opens as a sequence classifier."""
+def write_classifier(
+    model: Any, name: str, head: Tensor, folder: Path, base: str, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """One adapter and a scalar head [1, H] as a PEFT folder that opens as a sequence classifier.
+
+    weights: the model's state of another moment, its own unless given.
+    """
     from peft import TaskType, get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -185,9 +190,10 @@ def write_classifier(model: Any, name: str, head: nn.Module, folder: Path, base:
     # PEFT reads a module that is named twice twice, and fails at the second.
     config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), "classifier", "score"]))
     config.base_model_name_or_path = base
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    given = None if weights is None else dict(weights)
+    state = get_peft_model_state_dict(model, given, adapter_name=name, save_embedding_layers=False)
     state = {key: value for key, value in state.items() if not _HEAD_NAMES & set(key.split("."))}
-    state[HEAD_KEY] = next(head.parameters()).detach()
+    state[HEAD_KEY] = head
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +23,13 @@ class Reward(BaseModel, ABC):
 
         For rewards that are models themselves and may share the run's base. Raises SapwoodError where they can't work.
         """
+
+    def state(self) -> dict[str, Any]:
+        """What outlives a batch (a novelty archive, running moments), to checkpoint: plain data and tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
