@@ -5,8 +5,7 @@ Both give the same numbers; the tree computes each distinct prefix once.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sapwood.models.heads import LogitTransform, score
+from sapwood.models.precision import full_precision
 from sapwood.tree import TokenTree, TreeContext
 from sapwood.tree.attention import NAME, register
 from sapwood.types import Row
@@ -165,18 +165,8 @@ class Hidden:
 def _scalar(head: nn.Module, hidden: Tensor) -> Tensor:
     """[..., H] -> [...] in fp32: in half precision a value would be coarser than what it is learned from."""
     weight = next(head.parameters())
-    with torch.autocast(hidden.device.type, enabled=False):
+    with full_precision(hidden.device):
         return head(hidden.to(weight.device, weight.dtype))[..., 0].float()
-
-
-@contextlib.contextmanager
-def mixed_precision(device: torch.device | str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Products in this dtype, everything else as it is; None for no change."""
-    if dtype is None:
-        yield
-        return
-    with torch.autocast(torch.device(device).type, dtype=dtype):
-        yield
 
 
 def token_scores(

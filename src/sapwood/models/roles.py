@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from sapwood.errors import ModelError
 from sapwood.models.adapters import POLICY, AdapterFile, adapter_parameters, add_adapter, copy_adapter, fill_adapter
 from sapwood.models.critic import Critic, CriticSection, build_critic
-from sapwood.models.forward import Batch, Hidden, mixed_precision, token_scores
+from sapwood.models.forward import Batch, Hidden, token_scores
 from sapwood.models.load import Policy, find_adapter, is_adapter, is_classifier, scalar_head
+from sapwood.models.precision import mixed_precision
 from sapwood.models.role import BASE, role
 from sapwood.ops.batch import Forward, Needs
 from sapwood.types import Row
