@@ -1,0 +1,159 @@
+"""Where a metric stands in the page, and what it is called there. Unknown names are shown under their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUPS = (
+    "Reward and return",
+    "Loss",
+    "Policy health",
+    "Critic",
+    "Preference",
+    "Optimiser",
+    "Data",
+    "Speed",
+    "Other",
+)
+#: Held-out figures that say how good a model is, the first that was measured counts; True where more is better.
+HEADLINES: tuple[tuple[str, bool], ...] = (
+    ("eval/return", True),
+    ("eval/win_rate", True),
+    ("eval/accuracy", True),
+    ("eval/loss", False),
+    ("eval/nll", False),
+    ("eval/perplexity", False),
+)
+
+_KNOWN: dict[str, dict[str, str]] = {
+    "Reward and return": {
+        "reward": "Reward, mean",
+        "return": "Return",
+        "low": "Return, lower bound",
+        "high": "Return, upper bound",
+        "reward_std": "Reward, spread over the batch",
+        "reward_group_std": "Reward, spread within groups",
+        "no_signal_share": "Groups of equal rewards",
+        "returns": "Returns that the critic learns",
+        "win_rate": "Win rate",
+        "reward_scale": "Reward scale",
+    },
+    "Loss": {
+        "loss": "Loss",
+        "policy_loss": "Policy loss",
+        "nll": "Negative log-likelihood",
+        "perplexity": "Perplexity",
+    },
+    "Policy health": {
+        "entropy": "Entropy, nats a token",
+        "kl": "KL to the reference, nats a token",
+        "kl_coef": "KL coefficient",
+        "kl_penalty": "KL penalty",
+        "approx_kl": "KL of the update, nats a token",
+        "js": "Jensen-Shannon term",
+        "ratio": "Probability ratio",
+        "clip_range": "Clip range",
+        "clip_fraction_low": "Clipped below, share of tokens",
+        "clip_fraction_high": "Clipped above, share of tokens",
+        "clip_fraction_dual": "Clipped twice, share of tokens",
+        "gap_k1": "Sampler-trainer gap (k1)",
+        "gap_k3": "Sampler-trainer gap (k3)",
+        "gap_weight": "Gap correction, mean weight",
+        "parsed": "Replies parsed",
+        "fallback": "Fallback actions",
+        "advantages": "Advantages, mean",
+        "advantages_std": "Advantages, spread",
+    },
+    "Critic": {
+        "value_loss": "Value loss",
+        "values": "Values, mean",
+        "explained_variance": "Explained variance",
+        "value_clip_fraction": "Values clipped, share of tokens",
+    },
+    "Preference": {
+        "accuracy": "Preference accuracy",
+        "margin": "Reward margin",
+        "reward_chosen": "Reward of the chosen",
+        "reward_rejected": "Reward of the rejected",
+        "logprob_chosen": "Log-probability of the chosen",
+        "logprob_rejected": "Log-probability of the rejected",
+        "desirable_share": "Desirable records, share",
+    },
+    "Optimiser": {
+        "learning_rate": "Learning rate",
+        "critic_learning_rate": "Learning rate of the critic",
+        "grad_norm": "Gradient norm",
+        "updates": "Updates a step",
+        "loss_scale": "Loss scale",
+        "skipped": "Updates left out",
+    },
+    "Data": {
+        "reply_tokens": "Reply length, tokens",
+        "epoch": "Epoch",
+        "trajectories": "Trajectories",
+        "failed_share": "Failed episodes, share",
+        "truncated_share": "Truncated episodes, share",
+        "dropped_records": "Records left out",
+        "incomplete_share": "Incomplete records, share",
+    },
+    "Speed": {
+        "tokens_per_second": "Tokens a second",
+        "trained_tokens_per_second": "Trained tokens a second",
+        "sampled_tokens": "Sampled tokens",
+        "tokens": "Tokens",
+        "sampling_seconds": "Sampling, seconds",
+        "learning_seconds": "Learning, seconds",
+        "loading_seconds": "Loading, seconds",
+        "evaluation_seconds": "Evaluation, seconds",
+        "checkpoint_seconds": "Checkpoint, seconds",
+    },
+}
+_BY_NAME = {name: (group, title) for group, known in _KNOWN.items() for name, title in known.items()}
+#: Parts of names of metrics that aren't listed above, in the order in which they are tried.
+_HINTS: tuple[tuple[str, str], ...] = (
+    ("seconds", "Speed"),
+    ("per_second", "Speed"),
+    ("memory", "Speed"),
+    ("chosen", "Preference"),
+    ("rejected", "Preference"),
+    ("pass@", "Reward and return"),
+    ("win_rate", "Reward and return"),
+    ("reward", "Reward and return"),
+    ("value", "Critic"),
+    ("critic", "Critic"),
+    ("loss", "Loss"),
+    ("kl", "Policy health"),
+    ("entropy", "Policy health"),
+    ("clip", "Policy health"),
+    ("ratio", "Policy health"),
+    ("grad", "Optimiser"),
+    ("rate", "Optimiser"),
+    ("response_length", "Data"),
+    ("distinct", "Data"),
+    ("tokens", "Data"),
+    ("share", "Data"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """group: one of GROUPS; title: for people; rank: order within the group."""
+
+    group: str
+    title: str
+    rank: int
+
+
+def place(name: str, speed: bool = False) -> Place:
+    """Where a metric belongs; "eval/X" belongs with X. speed: it comes from timing.jsonl."""
+    bare = name.removeprefix("eval/")
+    if bare in _BY_NAME:
+        group, title = _BY_NAME[bare]
+        return Place("Speed" if speed else group, title, list(_BY_NAME).index(bare))
+    if bare.startswith("reward/"):
+        return Place("Reward and return", f"Reward part {bare.removeprefix('reward/')}", len(_BY_NAME))
+    if speed:
+        return Place("Speed", bare, len(_BY_NAME))
+    lower = bare.lower()
+    group = next((group for hint, group in _HINTS if hint in lower), "Other")
+    return Place(group, bare, len(_BY_NAME) + 1)

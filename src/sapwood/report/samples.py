@@ -1,0 +1,367 @@
+"""Trajectories for the page: an index to filter and sort by, and compressed chunks that are opened one by one.
+
+A file of samples becomes an index (a row a trajectory) and chunks of neighbouring trajectories. A chunk has two parts,
+both gzip: texts, which searching needs, and tokens with their numbers, which only an open trajectory needs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sapwood.report.reading import Damaged, Problems, finite, lines, parse_line, shorter, whole
+
+#: A chunk ends at so many trajectories, or so many characters.
+CHUNK_ROWS, CHUNK_CHARACTERS = 48, 400_000
+#: A text beyond so many characters is cut in the page, and the page says so.
+TEXT = 4_000_000
+#: Tokens of a turn that the page gets with their numbers.
+TOKENS = 200_000
+SNIPPET = 96
+
+PARSE_FAILED, FALLBACK, ERROR, TRUNCATED, CUT = 1, 2, 4, 8, 16
+_FILE = re.compile(r"(step|eval)_(\d{1,15})\.jsonl(\.gz)?")
+_NUMBERS = ("advantages", "ratios", "logprobs", "sampled_logprobs")
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """A file of trajectories. kind: "eval" (held-out tasks played after `step`), "step" (learnt from) or "file"."""
+
+    path: Path
+    kind: str
+    step: int
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """first: number within the file's kept trajectories; texts, tokens: gzip of JSON."""
+
+    first: int
+    texts: bytes
+    tokens: bytes
+
+
+@dataclass
+class Packed:
+    """What the page gets of a file. rows: one list a trajectory, see `_row`; tasks: their ids, by number."""
+
+    file: SampleFile
+    rows: list[list[Any]] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def index(self) -> dict[str, Any]:
+        """The index as plain data."""
+        return {
+            "file": self.file.name,
+            "kind": self.file.kind,
+            "step": self.file.step,
+            "tasks": self.tasks,
+            "rows": self.rows,
+            "starts": [chunk.first for chunk in self.chunks],
+            "problems": self.problems,
+        }
+
+
+def list_samples(path: Path, problems: Problems) -> list[SampleFile]:
+    """The sample files of a run folder, or the one bare file; held-out ones first, each kind by step."""
+    if path.is_file():
+        return [SampleFile(path, "file", 0)]
+    folder = path / "samples"
+    found: list[SampleFile] = []
+    try:
+        names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        problems.add(f"samples: can't be read: {error.strerror or error}.")
+        return []
+    for name in names:
+        match = _FILE.fullmatch(name)
+        if match is None:
+            continue
+        at = folder / name
+        if not at.is_file() or not at.resolve().is_relative_to(path.resolve()):
+            problems.add(f"samples/{name}: not a plain file of this run; left out.")
+            continue
+        found.append(SampleFile(at, match[1], int(match[2])))
+    return sorted(found, key=lambda file: (file.kind, file.step))
+
+
+def count(file: SampleFile) -> int:
+    """Trajectories of a file, without looking at them."""
+    total = 0
+    try:
+        for line in lines(file.path):
+            total += bool(line.strip())
+    except (Damaged, OSError):
+        pass  # told by `pack_file`
+    return total
+
+
+def read_records(file: SampleFile, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The records of a file; what can't be read is told in `problems` and left out."""
+    number, bad = 0, 0
+    try:
+        for number, line in enumerate(lines(file.path), start=1):
+            if not line.strip():
+                continue
+            record = parse_line(line)
+            if record is None:
+                bad += 1
+                if bad <= 3:
+                    problems.append(f"{file.name} line {number}: not a JSON record; left out.")
+                continue
+            yield record
+    except Damaged as error:
+        problems.append(f"{file.name}: {error} after line {number}; what stands before is shown.")
+    except OSError as error:
+        problems.append(f"{file.name}: can't be read: {error.strerror or error}.")
+    if bad > 3:
+        problems.append(f"{file.name}: {bad - 3:,} further lines are not JSON records; left out.")
+
+
+def pack_file(file: SampleFile, most: int | None = None) -> Packed:
+    """Index and chunks of a file; of its first `most` trajectories where that is given."""
+    packed = Packed(file)
+    tasks: dict[str, int] = {}
+    waiting = _Waiting()
+    for number, record in enumerate(read_records(file, packed.problems)):
+        if most is not None and number >= most:
+            break
+        packed.rows.append(_row(record, file.step, tasks))
+        waiting.add(record)
+        if waiting.full:
+            packed.chunks.append(waiting.close(len(packed.rows)))
+    if waiting.texts:
+        packed.chunks.append(waiting.close(len(packed.rows)))
+    packed.tasks = list(tasks)
+    return packed
+
+
+@dataclass
+class _Waiting:
+    """A chunk in the making. strings: every text once, by number, as prompts repeat within a group."""
+
+    texts: list[Any] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
+    strings: dict[str, int] = field(default_factory=dict)
+    characters: int = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.texts) >= CHUNK_ROWS or self.characters >= CHUNK_CHARACTERS
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.texts.append(_texts(record, self._refer))
+        self.tokens.append([_tokens(turn) for turn in _turns(record)])
+
+    def _refer(self, value: Any) -> int:
+        text = _text(value)
+        if text not in self.strings:
+            self.strings[text] = len(self.strings)
+            self.characters += len(text)
+        return self.strings[text]
+
+    def close(self, rows: int) -> Chunk:
+        first = rows - len(self.texts)
+        texts = _gzip({"strings": list(self.strings), "records": self.texts})
+        tokens = _gzip(self.tokens)
+        self.texts, self.tokens, self.strings, self.characters = [], [], {}, 0
+        return Chunk(first, texts, tokens)
+
+
+def _row(record: Mapping[str, Any], step: int, tasks: dict[str, int]) -> list[Any]:
+    """[task number, group, member, reward, turns, tokens, flags, step, snippet]."""
+    turns = _turns(record)
+    task = _text(record.get("task"))[:500]
+    first = next((_text(turn.get("reply")) for turn in turns if turn.get("reply")), "")
+    own_step = whole(record.get("step"))
+    return [
+        tasks.setdefault(task, len(tasks)),
+        whole(record.get("group")),
+        whole(record.get("member")),
+        shorter(finite(record.get("reward"))),
+        len(turns),
+        sum(_length(turn) for turn in turns),
+        _flags(record, turns),
+        step if own_step is None else own_step,
+        " ".join(first[: 4 * SNIPPET].split())[:SNIPPET],
+    ]
+
+
+def _flags(record: Mapping[str, Any], turns: Iterable[Mapping[str, Any]]) -> int:
+    flags = ERROR * bool(record.get("error")) | TRUNCATED * bool(record.get("truncated"))
+    for turn in turns:
+        info = turn.get("info")
+        info = info if isinstance(info, Mapping) else {}
+        failed = "parsed" in info and info["parsed"] in ("failed", False, None)
+        flags |= PARSE_FAILED * failed | FALLBACK * bool(info.get("fallback"))
+        flags |= CUT * (turn.get("stop_reason") in ("length", "context"))
+    return flags
+
+
+def _texts(record: Mapping[str, Any], refer: Any) -> dict[str, Any]:
+    """What is read of a trajectory; texts as numbers in the chunk's strings."""
+    messages = record.get("messages")
+    parts = record.get("reward_parts")
+    answer = record.get("answer")
+    return {
+        "messages": [
+            [_text(m.get("role"))[:100], refer(m.get("content"))]
+            for m in (messages if isinstance(messages, list) else [])
+            if isinstance(m, Mapping)
+        ],
+        "answer": None if answer is None else refer(answer),
+        "error": refer(record["error"]) if record.get("error") else None,
+        "ended": "terminated" if record.get("terminated") else "truncated" if record.get("truncated") else None,
+        "parts": [[str(k)[:300], shorter(finite(v))] for k, v in list(parts.items())[:200]]
+        if isinstance(parts, Mapping)
+        else [],
+        "turns": [_turn(turn, refer) for turn in _turns(record)],
+    }
+
+
+def _turn(turn: Mapping[str, Any], refer: Any) -> dict[str, Any]:
+    info = turn.get("info")
+    return {
+        "prompt": refer(turn["prompt"]) if turn.get("prompt") else None,
+        "reply": refer(turn.get("reply")),
+        "stop": _text(turn.get("stop_reason"))[:100],
+        "reward": shorter(finite(turn.get("reward"))),
+        "restart": bool(turn.get("restart")),
+        "info": [[str(k)[:300], refer(v)] for k, v in list(info.items())[:100]] if isinstance(info, Mapping) else [],
+    }
+
+
+def _tokens(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts, ids and numbers of a reply's tokens; a column that is absent, or of another length, is left out."""
+    length = _length(turn)
+    found: dict[str, Any] = {"count": length}
+    pieces, ids = turn.get("tokens"), turn.get("token_ids")
+    if isinstance(pieces, list) and len(pieces) == length:
+        found["tokens"] = [_text(piece) for piece in pieces[:TOKENS]]
+    if isinstance(ids, list) and len(ids) == length:
+        found["ids"] = [whole(i) for i in ids[:TOKENS]]
+    for name in _NUMBERS:
+        column = turn.get(name)
+        if isinstance(column, list) and len(column) == length and length:
+            found[name] = [shorter(finite(value), 4) for value in column[:TOKENS]]
+    return found
+
+
+def _length(turn: Mapping[str, Any]) -> int:
+    """Tokens of a reply."""
+    for name in ("token_ids", "tokens", "sampled_logprobs"):
+        if isinstance(turn.get(name), list) and turn[name]:
+            return len(turn[name])
+    return 0
+
+
+def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    turns = record.get("turns")
+    if isinstance(turns, list):
+        return [turn for turn in turns if isinstance(turn, Mapping)]
+    # A file of prompts and replies, as `sapwood generate` writes it, is a file of single turns.
+    return [record] if "reply" in record else []
+
+
+def _text(value: Any) -> str:
+    """A value as text, cut where a page could not hold it."""
+    if isinstance(value, str):
+        text = value
+    elif value is None:
+        return ""
+    else:
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (ValueError, RecursionError):
+            text = "(nested too deeply)"
+    return text if len(text) <= TEXT else f"{text[:TEXT]}... (cut here: {len(text):,} characters in the file)"
+
+
+def _gzip(data: Any) -> bytes:
+    # ASCII keeps lone surrogates, which UTF-8 has no bytes for.
+    return gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode("ascii"), 6, mtime=0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How much of which files goes into a page. most: trajectories of each kept file, None for all of it."""
+
+    kept: tuple[tuple[SampleFile, int | None], ...]
+    total: int
+    taken: int
+
+    @property
+    def sentence(self) -> str:
+        """What was left out; "" where nothing was."""
+        if self.taken == self.total:
+            return ""
+        return f"{self.total - self.taken:,} of {self.total:,} trajectories are left out of this page"
+
+
+def choose(files: list[SampleFile], most: int) -> Choice:
+    """At most `most` trajectories of a run: files spread evenly over the steps, first and last before the others.
+
+    Held-out files, which compare models, may take half where there are others too. A file is taken whole where it
+    fits; the last one that doesn't is cut.
+    """
+    counts = {file.path: count(file) for file in files}
+    total = sum(counts.values())
+    if total <= most:
+        return Choice(tuple((file, None) for file in files), total, total)
+    held_out = [file for file in files if file.kind == "eval"]
+    others = [file for file in files if file.kind != "eval"]
+    taken = _fill(held_out, counts, most // 2 if others else most)
+    taken |= _fill(others, counts, most - sum(taken.values()))
+    # What the others left is given back to the held-out files.
+    spare = most - sum(taken.values())
+    if spare:
+        taken |= _fill(held_out, counts, spare + sum(taken.get(file.path, 0) for file in held_out))
+    kept = tuple(
+        (file, None if taken[file.path] == counts[file.path] else taken[file.path])
+        for file in files
+        if taken.get(file.path)
+    )
+    return Choice(kept, total, sum(taken.values()))
+
+
+def _fill(files: list[SampleFile], counts: Mapping[Path, int], room: int) -> dict[Path, int]:
+    taken: dict[Path, int] = {}
+    for number in spread(len(files)):
+        path = files[number].path
+        if counts[path] == 0:
+            continue
+        here = min(counts[path], room)
+        if here <= 0:
+            break
+        taken[path] = here
+        room -= here
+    return taken
+
+
+def spread(n: int) -> list[int]:
+    """0 .. n-1 in an order whose every beginning lies evenly: first, last, middle, quarters ..."""
+    if n <= 2:
+        return list(range(n))
+    order, seen = [0, n - 1], {0, n - 1}
+    parts = 2
+    while len(order) < n:
+        for k in range(1, parts, 2) if parts < 2 * n else range(1, parts):
+            at = k * (n - 1) // parts
+            if at not in seen:
+                seen.add(at)
+                order.append(at)
+        parts *= 2
+    return order
