@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sapwood.commands import Command, train
+from sapwood.commands import Command, report, train, view
 from sapwood.commands.shared import load, positive, recipe_arguments, show_progress
 from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
 
@@ -477,6 +477,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 KINDS = ("algorithm", "env", "engine", "reward", "metric", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": train.COMMAND,
+    "report": report.COMMAND,
+    "view": view.COMMAND,
     "rollout": Command("Play tasks with the recipe's model and write what happened.", _rollout_arguments, _rollout),
     "eval": Command("Measure models on held-out tasks and data, side by side.", _eval_arguments, _eval),
     "generate": Command("Reply to prompts with a model or a trained run.", _generate_arguments, _generate),
