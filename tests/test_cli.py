@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import subprocess
 import sys
 import types
@@ -17,7 +15,7 @@ from rich.table import Table
 from sapwood import catalogue, cli, doctor
 from sapwood.config import load_recipe
 from sapwood.errors import TrainingStopped
-from sapwood.progress import Progress, duration, quiet
+from sapwood.progress import Progress
 
 RECIPE = """\
 run: {dir: DIR, steps: 3}
@@ -187,7 +185,7 @@ def test_train_prints_the_table_and_the_paths(
     assert "held-out" in captured.out
     assert f"adapter  {tmp_path}/run/checkpoints/step_000002/policy" in captured.out
     assert "curve" not in captured.out  # nothing was drawn
-    assert "step 1/2  reward 0.500  tok/s 100" in captured.err
+    assert "step 1/2: R:0.500 | 100 tok/s" in captured.err
     assert cli.main(["train", str(recipe)]) == 1
     assert f"choose another folder, e.g. run.dir={tmp_path}/run-2" in capsys.readouterr().err
 
@@ -212,7 +210,9 @@ def test_ctrl_c_is_130_and_says_what_was_saved(
     train.behave = interrupt
     assert cli.main(["train", str(recipe)]) == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == (f"sapwood: stopped at once by Ctrl-C; saved in {tmp_path}/run: metrics up to step 2, no checkpoint.")
+    assert told == (
+        f"sapwood: stopped at once by Ctrl-C; saved in {tmp_path}/run: metrics up to step 2, no checkpoint."
+    )
 
 
 def test_a_run_that_stops_says_what_was_saved(
@@ -384,7 +384,7 @@ def test_doctor_reports_every_part_and_fails_where_something_is_missing(
 ) -> None:
     assert cli.main(["doctor", "--runs", str(tmp_path / "new" / "runs")]) == 0
     told = capsys.readouterr().out
-    for part in ("python", "torch", "cpu", "bfloat16", "cuda", "memory", "runs", "smollm2-135m", "[tensorboard]"):
+    for part in ("python", "torch", "cpu", "bfloat16", "cuda", "memory", "runs", "smollm2-135m", "[wandb]"):
         assert any(line[6:].startswith(part) for line in told.splitlines()), part
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr("sapwood.models.load.bundled_gguf", lambda name: None)
@@ -403,51 +403,3 @@ def test_doctor_tells_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatc
     lines: list[str] = []
     assert not doctor.report(tmp_path, lines.append)
     assert any(line.startswith("fail  runs") and "Read-only file system" in line for line in lines)
-
-
-# ---- progress --------------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    with Progress(stream=stream) as progress:
-        progress.start(4)
-        progress.phase("sampling")
-        progress.step(1, {"reward": 0.25, "kl": None})
-        progress.note("a line [that] stays")
-        progress.work("held-out", 1, 3)
-    told = stream.getvalue()
-    assert "reward 0.250" in told
-    assert "1/4" in told
-    assert "a line [that] stays" in told
-
-
-def test_without_a_terminal_it_is_a_line_a_step() -> None:
-    stream = io.StringIO()
-    with Progress(stream=stream) as progress:
-        progress.work("proportional", 1, 2)
-        progress.work("proportional", 2, 2)
-        progress.start(2)
-        progress.phase("learning")
-        progress.step(1, {"reward": 0.25, "unknown": 3})
-        progress.step(2, {"reward": 0.5})
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "proportional 2/2"
-    assert lines[1].startswith("step 1/2  reward 0.250  ")
-    assert lines[1].endswith(" left")
-    assert lines[2] == "step 2/2  reward 0.500"
-
-
-def test_advice_of_libraries_is_silenced() -> None:
-    quiet()
-    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0, 59.4, 75, 3700)] == ["0:00", "0:59", "1:15", "1:01:40"]

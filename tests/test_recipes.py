@@ -125,7 +125,7 @@ SCENARIOS: list[tuple[str, str, dict[str, Any]]] = [
     ("16gb_quick", "smollm2/dpo", {"early_stopping.patience": 3}),
     ("production", "smollm2/ppo", {"algorithm.group_size": 4, "optim.batch_size": 8, "optim.gradient_accumulation": 2}),
     ("production", "smollm2/ppo", {"optim.schedule": "plateau", "early_stopping.patience": 10}),
-    ("production", "smollm2/sft", {"checkpoint.every": 500, "eval.every": 100, "trackers": ("tensorboard",)}),
+    ("production", "smollm2/sft", {"checkpoint.every": 500, "eval.every": 100, "trackers": ({"name": "tensorboard", "flush_seconds": 10},)}),
     ("debug", "smollm2/dpo", {"run.epochs": 1, "run.steps": None, "optim.batch_size": 2, "data.max_samples": 7}),
     ("debug", "smollm2/ppo", {"run.epochs": None, "run.steps": 3, "eval.max_samples": 2}),
     ("debug", "hvac_demo", {"data": None, "run.steps": 3, "eval.every": 5, "checkpoint.every": 10}),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
+import importlib.util
 import io
 import json
 import logging
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ import pytest
 
 from sapwood import run as run_module
 from sapwood.config import Recipe, load_recipe, parse_recipe
-from sapwood.errors import MissingExtra, StorageError
-from sapwood.plots import PANELS, series, training_figure
+from sapwood.errors import ConfigError, MissingExtra, StorageError, TrainingStopped
 from sapwood.run import Run, free_name, read_metrics, writing
 from sapwood.types import Group, Row, StopReason, Task, Trajectory, Turn
+from tests.tracking import Recorder
 
 
 def recipe(folder: Path, **sections: Any) -> Recipe:
@@ -118,21 +121,82 @@ def test_open_reads_a_run_and_refuses_another_folder(run: Run, tmp_path: Path) -
         Run.open(tmp_path)
 
 
+# ---- trackers --------------------------------------------------------------------------------------------------
+
+
 def test_a_tracker_whose_package_is_missing_is_refused_before_the_folder_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = recipe(tmp_path / "run", trackers=["tensorboard"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'sapwood\[tensorboard\]'"):
+    wanted = recipe(tmp_path / "run", trackers=[{"name": "wandb", "mode": "offline"}])
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else found(name))
+    with pytest.raises(MissingExtra, match=r"pip install 'sapwood\[wandb\]'"):
         Run.create(wanted)
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    with Run.create(recipe(tmp_path / "run", trackers=["tensorboard"])) as made:
+def test_a_tracker_that_refuses_to_start_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such project"):
+        Run.create(recipe(tmp_path / "run", trackers=["tests.tracking:Refuses"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_see_what_is_logged_and_how_the_run_ended(tmp_path: Path) -> None:
+    one, rows = group()
+    with Run.create(recipe(tmp_path / "run", trackers=["tests.tracking:Recorder"])) as made:
+        made.log_metrics(1, {"reward": np.float32(0.25), "gap": math.nan})
+        made.log_timing(1, {"tokens_per_second": 8.0})
+        made.save_samples(1, [one], rows)
+        made.save_samples(1, [one], rows, name="eval")
+    begun, *calls, ended = Recorder.calls
+    assert begun[0] == "start"
+    assert (begun[1].dir, begun[1].name, begun[1].resumed_from, begun[1].id) == (made.dir, "run", None, None)
+    assert begun[1].recipe["algorithm"]["name"] == "grpo"
+    assert [call[:2] for call in calls] == [
+        ("scalars", 1), ("scalars", 1), ("texts", 1), ("histograms", 1), ("texts", 1), ("histograms", 1),
+    ]  # fmt: skip
+    assert [call[2] for call in calls[:2]] == [{"reward": 0.25}, {"timing/tokens_per_second": 8.0}]
+    assert [sorted(call[2])[0] for call in calls[2:]] == [
+        "samples/first", "histograms/advantages", "eval/samples/first", "eval/histograms/advantages",
+    ]  # fmt: skip
+    assert ended == ("finish", "finished")
+    assert made.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("events", "raised", "expected"),
+    [
+        (["start", "checkpoint", "finish"], None, "finished"),
+        (["start", "stop"], None, "stopped"),
+        (["start"], None, "stopped"),  # at once, by a second Ctrl-C
+        (["start", "stop"], TrainingStopped("x"), "stopped"),
+        (["start"], TrainingStopped("x"), "failed"),
+        ([], None, "finished"),
+    ],
+)
+def test_how_a_run_ended(tmp_path: Path, events: list[str], raised: Exception | None, expected: str) -> None:
+    with contextlib.suppress(TrainingStopped), Run.create(recipe(tmp_path, trackers=["tests.tracking:Recorder"])) as it:
+        for kind in events:
+            it.event(kind, "told", 1)
+        if raised is not None:
+            raise raised
+    assert Recorder.calls[-1] == ("finish", expected)
+
+
+def test_a_resumed_run_is_the_same_one_for_its_trackers(tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "run", trackers=["tests.tracking:Recorder", "tests.tracking:Recorder"])
+    with Run.create(asked) as made:
         made.log_metrics(1, {"reward": 0.25})
-    [events] = (made.dir / "tensorboard").iterdir()
-    assert b"reward" in events.read_bytes()
+    assert json.loads((made.dir / "trackers.json").read_text()) == {
+        "tests.tracking:Recorder": "the-run-1",
+        "tests.tracking:Recorder-2": "the-run-2",
+    }
+    for step, pending, resumed_from in ((3, False, 3), (3, True, 2), (0, False, -1)):
+        with Run.resume(asked, step, pending=pending):
+            pass
+        begun = [call[1] for call in Recorder.calls if call[0] == "start"][-2:]
+        assert {run.id for run in begun} == {"the-run-1", "the-run-2"}
+        assert {run.resumed_from for run in begun} == {resumed_from}
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
@@ -294,20 +358,31 @@ def test_plot_draws_what_was_recorded(run: Run) -> None:
     assert run.plot() is None
     run.log_metrics(0, {"eval/return": -3.0, "eval/low": -4.0, "eval/high": -2.0})
     for step in range(1, 4):
-        run.log_metrics(step, {"reward": -3.0 + step, "entropy": 1.0 / step, "kl": math.nan if step == 2 else 0.1})
+        run.log_metrics(step, {"reward": -3.0 + step, "policy_loss": 0.1, "kl": math.nan if step == 2 else 0.1})
     path = run.plot()
-    assert path is not None
-    assert path.read_bytes().startswith(b"\x89PNG")
-    figure = training_figure(read_metrics(run.dir / "metrics.jsonl"), "title")
-    drawn = {axis.get_title(): [line.get_ydata() for line in axis.get_lines()] for axis in figure.axes}
-    # Panels without data are left out, and the others keep the order of PANELS; the rest of the grid is hidden.
-    shown = {axis.get_title() for axis in figure.axes if axis.get_visible()}
-    assert shown == {"Training reward, mean", "Held-out return", "Entropy, nats a token", "Divergence, nats a token"}
-    assert [title for title, _ in PANELS if title in shown] == [a.get_title() for a in figure.axes if a.get_visible()]
-    np.testing.assert_array_equal(drawn["Training reward, mean"][0], [-2.0, -1.0, 0.0])
-    np.testing.assert_array_equal(drawn["Divergence, nats a token"][0], [0.1, 0.1])  # step 2 is left out
+    assert path == run.dir / "plots" / "training.png"
+    drawn = sorted(file.name for file in path.parent.iterdir())
+    assert drawn == ["policy_metrics_with_entropy.png", "training.png", "training_metrics_detailed.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in path.parent.iterdir())
 
 
-def test_series_leaves_out_what_is_no_finite_number() -> None:
-    records = [{"step": 1, "a": 1.0}, {"step": 2}, {"step": 3, "a": math.inf}, {"step": 4, "a": 2}]
-    assert series(records, "a") == ([1, 4], [1.0, 2])
+def test_pictures_on_the_way_are_drawn_aside_and_not_all_the_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.log_metrics(1, {"reward": 1.0})
+    clock = iter([100.0, 100.0, 101.0, 120.9, 121.1, 121.1, 122.0])
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+    drawn = []
+    monkeypatch.setattr(run, "plot", lambda: drawn.append(threading.current_thread().name))
+    for expected in (1, 1, 2):  # at 100; not at 120.9, as the second that it took is a twentieth of 20; at 121.1
+        run.plot_soon()
+        assert run._plotting is not None
+        run._plotting.join()
+        assert drawn == ["plots"] * expected
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.log_metrics(1, {"reward": 1.0})
+    (run.dir / "plots").write_text("in the way")
+    run.plot_soon()
+    assert run._plotting is not None
+    run._plotting.join()
+    assert "plots/training.png: can't be written" in caplog.text

@@ -474,7 +474,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if doctor.report(arguments.runs, lambda line: print(line, flush=True)) else 1
 
 
-KINDS = ("algorithm", "env", "engine", "reward", "metric", "recipe", "model", "building", "climate")
+KINDS = ("algorithm", "env", "engine", "reward", "metric", "tracker", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": train.COMMAND,
     "report": report.COMMAND,

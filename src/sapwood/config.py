@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from annotated_types import Ge
@@ -40,6 +40,7 @@ from sapwood.sections import (
     SamplesSection,
     Section,
 )
+from sapwood.trackers import Tracker
 
 if TYPE_CHECKING:
     from sapwood.algorithms import Algorithm
@@ -63,7 +64,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     guards: GuardsSection = Field(default_factory=GuardsSection)
     samples: SamplesSection = Field(default_factory=SamplesSection)
-    trackers: tuple[Literal["tensorboard"], ...] = ()
+    trackers: tuple[dict[str, Any], ...] = ({"name": "tensorboard"},)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +119,13 @@ class Recipe(Section):
                 "would all be the same; set eval.temperature=1.0."
             )
         return metrics
+
+    def build_trackers(self) -> list[tuple[str, Tracker]]:
+        """The trackers with their names, in order. Raises ConfigError."""
+        return [
+            (item["name"], _build("tracker", item, ("trackers", index), Tracker))
+            for index, item in enumerate(self.trackers)
+        ]
 
     def sampling(self) -> Sampling:
         """The part of the `engine` section that every engine shares."""
@@ -184,6 +192,10 @@ def _parse(source: Source) -> Recipe:
                     for index, item in enumerate(recipe.eval.metrics)
                 )
             }
+        ),
+        "trackers": tuple(
+            _resolve("tracker", item, ("trackers", index), Tracker, source)
+            for index, item in enumerate(recipe.trackers)
         ),
     }
     if recipe.env is not None:

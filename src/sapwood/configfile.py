@@ -1,8 +1,8 @@
 """Recipe files: YAML read with the line of every key, merged left to right, and errors turned into sentences.
 
 Merging: mappings merge key by key, anything else (lists too) replaces. Naming another plugin in `env`,
-`algorithm`, `engine` or an entry of `rewards` drops the options of the earlier one, because they belong to it;
-the sampling options of `engine` and the weight of a reward mean the same for all and stay.
+`algorithm`, `engine` or an entry of `rewards` or `trackers` drops the options of the earlier one, because they belong
+to it; the sampling options of `engine` and the weight of a reward mean the same for all and stay.
 
 Soft keys: an overlay that ends a key of a section, or a section, with "?" sets it only where the recipe has it
 (`group_size?: 4`, `engine?: {max_new_tokens: 64}`), so that one overlay fits recipes of every algorithm. They are
@@ -35,10 +35,13 @@ PLUGIN_SECTIONS: dict[str, frozenset[str]] = {
     "algorithm": frozenset(),
     "engine": frozenset(Sampling.model_fields),
     "rewards": frozenset({"weight"}),
+    "trackers": frozenset(),
 }
+#: Those of them that are a list of entries, each the options of a plugin.
+PLUGIN_LISTS = ("rewards", "trackers")
 DEFAULT_NAMES = {"engine": "local"}
 #: Lists that an override may index before any file has set them.
-DEFAULT_LISTS: dict[str, list[Any]] = {"rewards": [{"name": "env"}], "trackers": []}
+DEFAULT_LISTS: dict[str, list[Any]] = {"rewards": [{"name": "env"}], "trackers": [{"name": "tensorboard"}]}
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,9 @@ def normalise(data: Mapping[str, Any]) -> dict[str, Any]:
     result = {str(key): value for key, value in data.items()}
     for section in PLUGIN_SECTIONS:
         value = result.get(section)
-        if section == "rewards" and isinstance(value, list | tuple):
+        if section in PLUGIN_LISTS and isinstance(value, list | tuple):
             result[section] = [{"name": item} if isinstance(item, str) else item for item in value]
-        elif section != "rewards" and isinstance(value, str):
+        elif section not in PLUGIN_LISTS and isinstance(value, str):
             result[section] = {"name": value}
     if isinstance(result.get("data"), str | list | tuple):  # a mapping, so that overlays can add to it
         files = [result["data"]] if isinstance(result["data"], str) else result["data"]
@@ -250,7 +253,7 @@ def merge(base: Source, overlay: Source) -> Source:
 def _merge(base: Any, overlay: Any, path: KeyPath) -> Any:
     if not (isinstance(base, dict) and isinstance(overlay, dict)):
         return overlay
-    if len(path) == (2 if path[:1] == ("rewards",) else 1) and path[0] in PLUGIN_SECTIONS:
+    if path and len(path) == (2 if path[0] in PLUGIN_LISTS else 1) and path[0] in PLUGIN_SECTIONS:
         section = str(path[0])
         name = base.get("name", DEFAULT_NAMES.get(section))
         if overlay.get("name", name) != name:
@@ -301,7 +304,7 @@ def _overlay(base: Any, keys: Sequence[str], value: Any, text: str) -> Any:
         raise ConfigError(f"override {text!r}: {head!r} is no entry of the list; {entries}.")
     items = [*base, {}] if int(head) == len(base) else list(base)
     old = items[int(head)]
-    # Of all lists only `rewards` holds mappings, so a change of a name in one is the change of a plugin.
+    # Entries with a name are plugins, so a change of it is the change of a plugin; a reward keeps its weight.
     items[int(head)] = _merge(old, _overlay(old, rest, value, text), ("rewards", int(head)))
     return items
 

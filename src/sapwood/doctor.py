@@ -21,7 +21,9 @@ Status = Literal["ok", "note", "fail"]
 
 #: Extras of the package: name -> (packages to import, what they give).
 EXTRAS = {
-    "tensorboard": (("tensorboard",), "the tensorboard tracker"),
+    "wandb": (("wandb",), "the tracker wandb"),
+    "mlflow": (("mlflow", "sqlalchemy", "alembic"), "the tracker mlflow"),
+    "trackio": (("trackio",), "the tracker trackio"),
     "sb3": (("stable_baselines3",), "Stable-Baselines3 on the HVAC simulator"),
     "energyplus": (("pyenergyplus",), "buildings simulated by EnergyPlus"),
 }

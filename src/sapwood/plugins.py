@@ -26,6 +26,7 @@ KINDS = {
     "engine": "sapwood.engines",
     "reward": "sapwood.rewards",
     "metric": "sapwood.metrics",
+    "tracker": "sapwood.trackers",
 }
 #: Where a plain function can stand for a class: module and name of what makes the class.
 FUNCTIONS = {

@@ -1,4 +1,7 @@
-"""Progress on the terminal: a live display on a TTY, a plain line a step otherwise, or JSON lines on request."""
+"""Progress on the terminal: a live display on a TTY, a compact line a step otherwise, or JSON lines on request.
+
+Whatever is shown also goes to the log "sapwood.progress", and so to logs/training_*.log of an open run.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,73 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-#: Shown in this order where a step has them: (name, label, format).
-SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("loss", "loss", "{:.3f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.3f}"),
-    ("value_loss", "value loss", "{:.3f}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("kl", "KL", "{:.2e}"),
-    ("gap_k3", "gap", "{:.1e}"),
-    ("grad_norm", "grad", "{:.2f}"),
-    ("learning_rate", "lr", "{:.1e}"),
-    ("eval/return", "held-out", "{:.3f}"),
-    ("eval/loss", "held-out loss", "{:.3f}"),
-    ("tokens_per_second", "tok/s", "{:.0f}"),
+logger = logging.getLogger("sapwood.progress")
+
+
+class Short(NamedTuple):
+    """How a metric stands in the compact line. unless: another metric that stands for it where a step has both."""
+
+    metric: str
+    name: str
+    meaning: str
+    form: str
+    unless: str = ""
+
+
+#: The compact line, in this order, where a step has them.
+COMPACT: tuple[Short, ...] = (
+    Short("policy_loss", "PL", "policy loss", "{:.4f}"),
+    Short("value_loss", "VL", "value loss", "{:.4f}"),
+    Short("loss", "L", "loss", "{:.4f}", unless="policy_loss"),
+    Short("perplexity", "PPL", "perplexity", "{:.3f}"),
+    Short("accuracy", "ACC", "accuracy of preferences", "{:.3f}"),
+    Short("margin", "M", "margin of rewards", "{:.3f}"),
+    Short("reward", "R", "reward", "{:.3f}"),
+    Short("advantages", "A", "advantage", "{:.3f}"),
+    Short("entropy", "E", "entropy", "{:.3f}"),
+    Short("learning_rate", "LR", "learning rate", "{:.2e}"),
+    Short("kl", "KL", "KL divergence from the reference", "{:.2e}"),
+    Short("grad_norm", "G", "gradient norm", "{:.2f}"),
 )
+
+#: Held-out results, told in words: (metric, name, format).
+HELD_OUT: tuple[tuple[str, str, str], ...] = (
+    ("eval/return", "return", "{:.3f}"),
+    ("eval/loss", "loss", "{:.4f}"),
+    ("eval/perplexity", "perplexity", "{:.3f}"),
+    ("eval/accuracy", "accuracy", "{:.3f}"),
+)
+
+#: The live display: (metric, label, format, what replaces it where a step has both).
+DISPLAYED: tuple[tuple[str, str, str, str], ...] = (
+    ("reward", "reward", "{:.3f}", ""),
+    ("eval/return", "held-out return", "{:.3f}", ""),
+    ("loss", "loss", "{:.4f}", ""),
+    ("policy_loss", "policy loss", "{:.4f}", ""),
+    ("value_loss", "value loss", "{:.4f}", ""),
+    ("eval/loss", "held-out loss", "{:.4f}", ""),
+    ("perplexity", "perplexity", "{:.3f}", ""),
+    ("accuracy", "accuracy", "{:.3f}", ""),
+    ("margin", "margin", "{:.3f}", ""),
+    ("entropy", "entropy", "{:.3f}", ""),
+    ("kl", "KL", "{:.2e}", ""),
+    ("approx_kl", "policy change", "{:.2e}", "kl"),
+    ("gap_k3", "sampler gap", "{:.1e}", ""),
+    ("explained_variance", "explained var.", "{:.2f}", ""),
+    ("grad_norm", "gradient norm", "{:.2f}", ""),
+    ("learning_rate", "learning rate", "{:.2e}", ""),
+    ("reply_tokens", "reply tokens", "{:.1f}", ""),
+    ("tokens_per_second", "tokens/s", "{:,.0f}", ""),
+)
+
+#: Steps whose values the live display draws, and warnings that it keeps in sight.
+TREND, WARNINGS = 16, 3
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 class Progress:
@@ -40,12 +91,16 @@ class Progress:
         self._json = json_lines
         self._stream = stream or sys.stderr
         self._live: Any = None
+        self._console: Any = None
         self._bar: Any = None
         self._total = 0
         self._done = 0
         self._began = time.monotonic()
         self._phase = ""
         self._values: dict[str, Any] = {}
+        self._trends: dict[str, deque[float]] = {}
+        self._warnings: deque[str] = deque(maxlen=WARNINGS)
+        self._explained: set[str] = set()
         self._first = 0
         self._task: Any = None
 
@@ -67,6 +122,8 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """What is going on: "sampling", "learning", "evaluating" ..."""
+        if name and name != self._phase:
+            logger.info("phase: %s", name)
         self._phase = name
         self._ensure_live()
         self._refresh()
@@ -75,8 +132,10 @@ class Progress:
         """`done` of `total` parts of a piece of work: held-out episodes, replies. Fits evaluate's `progress`."""
         self._ensure_live()
         self._phase = f"{name} {done}/{total}"
-        if self._live is None and done == total and not self._json:
-            print(self._phase, file=self._stream, flush=True)
+        if done == total:
+            logger.info("%s", self._phase)
+            if self._live is None and not self._json:
+                print(self._phase, file=self._stream, flush=True)
         if self._total == 0 and self._live is not None:
             self._bar.update(self._task, completed=done, total=total, phase=name)
         else:
@@ -85,22 +144,40 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Step number `step` (from 1) is done."""
         self._done = step
-        self._values.update({**metrics, **(timing or {})})
+        found = {**metrics, **(timing or {})}
+        self._values.update(found)
+        for name, *_ in DISPLAYED:
+            if _is_finite(found.get(name)):
+                self._trends.setdefault(name, deque(maxlen=TREND)).append(float(found[name]))
         if self._json:
-            self._print_json({"step": step, **metrics, **(timing or {})})
-        elif self._live is None:
-            text = self._numbers({**metrics, **(timing or {})})
-            print(f"step {step}/{self._total}  {text}  {self._left()}".rstrip(), file=self._stream, flush=True)
+            self._print_json({"step": step, **found})
+        legend, line = self._legend(found), self._line(step, found)
+        for text in (legend, line):
+            if text:
+                logger.info("%s", text)
+                if self._live is None and not self._json:
+                    print(text, file=self._stream, flush=True)
         self._refresh()
 
     def note(self, text: str) -> None:
         """A line for the user that stays on the screen."""
+        text = printable(text)
+        logger.info("%s", text)
         if self._json:
             self._print_json({"note": text})
-        elif self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """A warning: a line that stays on the screen, the last ones in sight of the live display."""
+        text = printable(text)
+        logger.warning("%s", text)
+        self._warnings.append(text)
+        if self._json:
+            self._print_json({"warning": text})
+        else:
+            self._say(f"warning: {text}", style="yellow")
+        self._refresh()
 
     def stop(self) -> None:
         """End the live display; what it showed last stays."""
@@ -110,15 +187,36 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    # ---- the compact line ------------------------------------------------------------------------------------
+
+    def _line(self, step: int, values: Mapping[str, Any]) -> str:
+        """step 12/40: PL:0.0027 R:0.469 E:0.352 LR:7.69e-06 | held-out return 0.583 | 96 tok/s | 4:10 left"""
+        numbers = " ".join(f"{s.name}:{s.form.format(float(values[s.metric]))}" for s in _compact(values))
+        speed = values.get("tokens_per_second")
+        parts = [
+            f"step {step}/{self._total}:" + (f" {numbers}" if numbers else ""),
+            _held_out(values),
+            f"{float(speed):,.0f} tok/s" if speed is not None else "",
+            self._left(),
+        ]
+        return " | ".join(part for part in parts if part)
+
+    def _legend(self, values: Mapping[str, Any]) -> str:
+        """What the abbreviations of a line mean: those that haven't been explained yet."""
+        fresh = [short for short in _compact(values) if short.name not in self._explained]
+        self._explained.update(short.name for short in fresh)
+        return ", ".join(f"{short.name} {short.meaning}" for short in fresh)
+
+    # ---- the live display ------------------------------------------------------------------------------------
+
     def _ensure_live(self) -> None:
         """Begin the live display where there is a terminal to show it on."""
         if self._live is not None or self._json or not self._stream.isatty():
             return
-        from rich.console import Console, Group
+        from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
-        from rich.text import Text
 
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -128,22 +226,56 @@ class Progress:
             TextColumn("[dim]{task.fields[phase]}"),
         )
         self._task = self._bar.add_task("", total=None, left="", phase="")
-        self._live = Live(
-            get_renderable=lambda: Group(self._bar, Text(self._numbers(self._values))),
-            console=Console(file=self._stream),
-            refresh_per_second=4,
-        )
+        self._console = Console(file=self._stream)
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
         self._live.start()
+
+    def _render(self) -> Any:
+        """The bar, a grid of the newest values with their trends, and the last warnings."""
+        from rich.console import Group
+        from rich.text import Text
+
+        lines = [Text(f"! {text}", style="yellow", overflow="ellipsis", no_wrap=True) for text in self._warnings]
+        return Group(self._bar, self._grid(), *lines)
+
+    def _grid(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        values = dict(self._values)
+        cells = [
+            (Text(label, style="dim"), Text(_told(name, form, values), style="bold"), Text(self._trend(name), "green"))
+            for name, label, form, replaced in DISPLAYED
+            if values.get(name) is not None and values.get(replaced) is None
+        ]
+        columns = max(1, min(3, self._console.width // 44))
+        grid = Table.grid(padding=(0, 1))
+        for _ in range(columns):
+            grid.add_column(no_wrap=True)
+            grid.add_column(justify="right", no_wrap=True)
+            grid.add_column(width=TREND, no_wrap=True)
+        for first in range(0, len(cells), columns):
+            grid.add_row(*(part for cell in cells[first : first + columns] for part in cell))
+        return grid
+
+    def _trend(self, name: str) -> str:
+        """The last values as bars, scaled to their own range; nothing where the terminal can't write them."""
+        values = list(self._trends.get(name, ()))
+        if len(values) < 2 or "utf" not in (self._console.encoding or "").lower():
+            return ""
+        low, high = min(values), max(values)
+        scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+        return "".join(_BARS[round((value - low) * scale)] for value in values)
 
     def _refresh(self) -> None:
         if self._live is not None:
             self._bar.update(self._task, completed=self._done, left=self._left(), phase=self._phase)
 
-    def _numbers(self, values: Mapping[str, Any]) -> str:
-        shown = [
-            f"{label} {form.format(float(values[name]))}" for name, label, form in SHOWN if values.get(name) is not None
-        ]
-        return "  ".join(shown)
+    def _say(self, text: str, style: str | None = None) -> None:
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False, style=style)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def _left(self) -> str:
         finished = self._done - self._first
@@ -155,6 +287,34 @@ class Progress:
     def _print_json(self, record: Mapping[str, Any]) -> None:
         plain = {name: _json_value(value) for name, value in record.items()}
         print(json.dumps(plain, sort_keys=True), flush=True)
+
+
+def _compact(values: Mapping[str, Any]) -> Iterator[Short]:
+    """The entries of COMPACT that a step has."""
+    for short in COMPACT:
+        if values.get(short.metric) is not None and values.get(short.unless) is None:
+            yield short
+
+
+def _held_out(values: Mapping[str, Any]) -> str:
+    """ "held-out return 0.583 [0.534, 0.633]"; "" where nothing was evaluated."""
+    found = [
+        f"{name} {_told(metric, form, values)}" for metric, name, form in HELD_OUT if values.get(metric) is not None
+    ]
+    return f"held-out {', '.join(found)}" if found else ""
+
+
+def _told(name: str, form: str, values: Mapping[str, Any]) -> str:
+    """A value, with its interval where it is the held-out return's."""
+    text = form.format(float(values[name]))
+    if name == "eval/return" and _is_finite(values.get("eval/low")) and _is_finite(values.get("eval/high")):
+        text += f" [{form.format(float(values['eval/low']))}, {form.format(float(values['eval/high']))}]"
+    return text
+
+
+def printable(text: str) -> str:
+    """A text without what would move a terminal's cursor or change its colours; it may come from a model."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("\t", " "))
 
 
 def duration(seconds: float) -> str:
@@ -190,3 +350,7 @@ def _json_value(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(float(value))

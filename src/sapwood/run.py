@@ -6,7 +6,8 @@
     warnings.jsonl  events.jsonl             what guards found; what happened by the clock (start, stop, resume ...)
     samples/step_000010.jsonl.gz             every rollout of the step
     samples/eval_000010.jsonl.gz             the held-out tasks as played after it
-    logs/training_*.log  tensorboard/  plots/training.png
+    logs/training_*.log  plots/*.png         what was shown on the terminal; the curves
+    tensorboard/ ...  trackers.json          what trackers write; what each calls the run
 
 JSON has no NaN: a number that isn't finite is written as null and read back as NaN.
 """
@@ -16,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
-import importlib.util
 import io
 import json
 import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -31,9 +32,11 @@ from typing import Any
 
 from sapwood.config import Recipe, dump_recipe, load_recipe
 from sapwood.environment import describe
-from sapwood.errors import MissingExtra, StorageError
+from sapwood.errors import SapwoodError, StorageError
 from sapwood.paths import FULL
 from sapwood.rollout import records
+from sapwood.trackers import Status, TrackedRun
+from sapwood.trackers._hub import FINISH_SECONDS, STOP_SECONDS, Trackers
 from sapwood.types import Group, Ids, Row
 
 try:
@@ -56,13 +59,20 @@ class Run:
         self.when_full: Callable[[Path], None] | None = None
         self._handler: logging.Handler | None = None
         self._lock: io.FileIO | None = None
-        self._tensorboard: Any = None
+        self._trackers = Trackers(())
+        self._ended: str | None = None
+        self._plots = threading.Lock()
+        self._plotting: threading.Thread | None = None
+        self._plot_after = 0.0
 
     @staticmethod
     def create(recipe: Recipe) -> Run:
-        """Make the folder `run.dir` and write recipe and environment. Raises StorageError if it exists already."""
-        if "tensorboard" in recipe.trackers and importlib.util.find_spec("tensorboard") is None:
-            raise MissingExtra("tensorboard", "tensorboard", "the tracker 'tensorboard'")
+        """Make the folder `run.dir`, write recipe and environment, and start the trackers.
+
+        Raises StorageError if it exists already, ConfigError or MissingExtra for a tracker that can't work here.
+        """
+        trackers = Trackers(recipe.build_trackers())
+        trackers.check()
         folder = recipe.run.dir
         with writing(folder):
             if folder.exists() and not (folder.is_dir() and all(_begun(path) for path in folder.iterdir())):
@@ -78,10 +88,11 @@ class Run:
         facts = {**describe(), "seed": recipe.run.seed}
         run.write_text("environment.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
         run._start_log()
-        if "tensorboard" in recipe.trackers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            run._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        try:
+            run._start_trackers(trackers, None)
+        except SapwoodError:
+            run.abandon()
+            raise
         return run
 
     @staticmethod
@@ -96,13 +107,25 @@ class Run:
             raise StorageError(
                 f"{folder}: there is no run to resume, it has no recipe.yaml; start it without --resume."
             )
+        trackers = Trackers(recipe.build_trackers())
+        trackers.check()
         run = Run(folder, recipe)
         run._take_lock()
         with writing(folder):
             _cut(folder, step, pending, _aside(folder) if aside else None)
         run.write_text("recipe.yaml", dump_recipe(recipe))
         run._start_log()
+        try:
+            run._start_trackers(trackers, step - pending if step else -1)
+        except SapwoodError:
+            run.close()
+            raise
         return run
+
+    def _start_trackers(self, trackers: Trackers, resumed_from: int | None) -> None:
+        plain = self.recipe.model_dump(mode="json")
+        trackers.start(TrackedRun(self.dir, self.dir.absolute().name, plain, resumed_from))
+        self._trackers = trackers
 
     def _take_lock(self) -> None:
         """Hold the folder for this process; the system lets go of it when the process ends, however it does."""
@@ -136,18 +159,24 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("failed" if kind is not None and issubclass(kind, Exception) else None)
 
-    def close(self) -> None:
-        """Close the files. What was logged is on disk already."""
+    def close(self, status: Status | None = None) -> None:
+        """Close the files and end the trackers. What was logged is on disk already.
+
+        status: how the run ended, where its last event doesn't tell.
+        """
+        if status is None or self._ended == "stop":
+            status = "stopped" if self._ended in ("stop", "start", "resume") else "finished"
+        # A run that is stopped has to end within seconds; a finished one can let its trackers send what waits.
+        self._trackers.finish(status, FINISH_SECONDS if status == "finished" else STOP_SECONDS)
+        for note in self.notes():
+            logger.warning("%s", note)
         for file in self._files.values():
             with writing(self.dir):
                 file.close()
         self._files.clear()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
         if self._handler is not None:
             for name in _LOGGERS:
                 logging.getLogger(name).removeHandler(self._handler)
@@ -173,14 +202,17 @@ class Run:
         """Append a record to metrics.jsonl. Values: numbers, or 0-d arrays and tensors; keep wall-clock out."""
         record = {name: _plain(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", {"step": step, **record})
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, step)
+        self._trackers.scalars(step, record)
 
     def log_timing(self, step: int, timing: Mapping[str, Any]) -> None:
         """Append seconds and rates to timing.jsonl."""
-        self._append("timing.jsonl", {"step": step, **{name: _plain(value) for name, value in timing.items()}})
+        record = {name: _plain(value) for name, value in timing.items()}
+        self._append("timing.jsonl", {"step": step, **record})
+        self._trackers.scalars(step, record, prefix="timing/")
+
+    def notes(self) -> list[str]:
+        """What there is to tell the user about trackers since the last time: where to look, what failed."""
+        return self._trackers.notes()
 
     def warn(self, step: int, warning: Mapping[str, Any]) -> None:
         """Append what a guard found to warnings.jsonl."""
@@ -194,6 +226,8 @@ class Run:
         moment = datetime.now(UTC).isoformat(timespec="seconds")
         self._append("events.jsonl", {"time": moment, "step": step, "kind": kind, "message": message})
         logger.info("%s: %s", kind, message)
+        if kind in ("start", "resume", "stop", "finish"):
+            self._ended = kind
 
     def save_samples(
         self,
@@ -204,6 +238,8 @@ class Run:
         name: str = "step",
     ) -> Path:
         """Write every trajectory, a line each, to samples/step_NNNNNN.jsonl.gz (or another name than step).
+
+        Trackers are shown a few of them and the distributions of all.
 
         rows: those made from the groups, for what was learnt of them; decode: token ids to text, special tokens kept
         (texts are left empty without it). Equal samples give equal bytes.
@@ -218,9 +254,11 @@ class Run:
                 known[key] = decode(ids)
             return known[key]
 
+        found = records(groups, rows, text)
+        self._trackers.samples(step, found, prefix="" if name == "step" else f"{name}/")
         buffer = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
-            for record in records(groups, rows, text):
+            for record in found:
                 packed.write((_dumps({"step": step, **record}) + "\n").encode())
         return self._write_bytes(self.path("samples", f"{name}_{step:06d}.jsonl.gz"), buffer.getvalue())
 
@@ -259,16 +297,42 @@ class Run:
         return f"{steps}, {f'checkpoint {checkpoints[-1]}' if checkpoints else 'no checkpoint'}"
 
     def plot(self) -> Path | None:
-        """Draw plots/training.png from metrics.jsonl; None where nothing has been logged."""
-        from sapwood.plots import training_figure
+        """Draw all pictures in plots/ from what is logged; returns the overview, None where there is nothing."""
+        with self._plots:  # matplotlib's caches aren't made for two threads
+            return self._draw()
 
-        metrics = self.dir / "metrics.jsonl"
-        history = read_metrics(metrics) if metrics.is_file() else []
-        if not history:
-            return None
-        buffer = io.BytesIO()
-        training_figure(history, title=self.dir.name).savefig(buffer, format="png", dpi=120)
-        return self._write_bytes(self.path("plots", "training.png"), buffer.getvalue())
+    def plot_soon(self) -> None:
+        """Draw them in a thread of its own, and only so often that it takes a twentieth of the time at most."""
+        busy = self._plotting is not None and self._plotting.is_alive()
+        if busy or time.monotonic() < self._plot_after:
+            return
+        self._plotting = threading.Thread(target=self._draw_aside, name="plots", daemon=True)
+        self._plotting.start()
+
+    def _draw_aside(self) -> None:
+        began = time.monotonic()
+        try:
+            self.plot()
+        except StorageError as error:  # a picture less; the one at the end is told about
+            logger.warning("%s", error)
+        now = time.monotonic()
+        self._plot_after = now + 20 * (now - began)
+
+    def _draw(self) -> Path | None:
+        from sapwood.plots import OVERVIEW, History, figures
+
+        def rows(name: str) -> list[dict[str, Any]]:
+            path = self.dir / name
+            return read_metrics(path) if path.is_file() else []
+
+        history = History(rows("metrics.jsonl"), rows("timing.jsonl"), rows("warnings.jsonl"))
+        overview = None
+        for name, draw in figures(history, self.dir.absolute().name):
+            buffer = io.BytesIO()
+            draw().savefig(buffer, format="png", dpi=120)
+            path = self._write_bytes(self.path("plots", name), buffer.getvalue())
+            overview = path if name == OVERVIEW else overview
+        return overview
 
     def _write_bytes(self, path: Path, content: bytes) -> Path:
         aside = path.with_name(path.name + ".part")
