@@ -36,7 +36,7 @@ LOST_IN_A_ROW = 5
 #: Records that may wait for a tracker.
 WAITING = 2000
 #: Seconds that training waits for trackers to start, and a finished or a stopped run for them to send what waits.
-START_SECONDS, FINISH_SECONDS, STOP_SECONDS = 10.0, 30.0, 3.0
+START_SECONDS, FINISH_SECONDS, STOP_SECONDS = 5.0, 30.0, 3.0
 #: In the run folder: what each tracker calls the run.
 IDS = "trackers.json"
 
@@ -75,7 +75,9 @@ class Trackers:
         for worker in self._workers:
             if not worker.started.wait(max(0.0, deadline - time.monotonic())):
                 worker.awaited = False
-                self._notes.append(f"tracker {worker.label}: no answer in {seconds:g} s; training doesn't wait for it.")
+                self._notes.append(
+                    f"tracker {worker.label}: not ready after {seconds:g} s; training doesn't wait for it."
+                )
         refused = next((worker.refused for worker in self._workers if worker.refused is not None), None)
         if refused is not None:
             self.finish("failed")
@@ -221,7 +223,7 @@ class _Worker:
 
         refusal: let a SapwoodError through, which says what a user can mend; last: a single attempt.
         """
-        for pause in (*(() if last else self._pauses), None):
+        for attempt, pause in enumerate((*(() if last else self._pauses), None)):
             try:
                 with quiet_stdout():
                     call()
@@ -229,7 +231,7 @@ class _Worker:
                 if refusal and isinstance(error, SapwoodError):
                     raise
                 self._report(error, pause is not None)
-                if pause is None or not self._pause(pause):
+                if pause is None or (self._pause(pause) and attempt > 0):  # at the end of a run, two attempts
                     return False
             else:
                 return True
@@ -243,9 +245,9 @@ class _Worker:
             self._tell(f"{_said(error)}; {what}")
 
     def _pause(self, seconds: float) -> bool:
-        """Wait before another attempt; False where the run ends meanwhile."""
+        """Wait before another attempt, but not where the run ends; whether it does."""
         with self._wake:
-            return not self._wake.wait_for(lambda: self._closing is not None, seconds)
+            return self._wake.wait_for(lambda: self._closing is not None, seconds)
 
     def _next(self) -> Call | None:
         with self._wake:

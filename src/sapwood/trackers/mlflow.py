@@ -64,6 +64,7 @@ class MLflow(Tracker):
     def start(self, run: TrackedRun) -> str:
         """Begin a run, or go on with that of `run.id`; options of the recipe are its parameters."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it tells of every table of a new database
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
@@ -75,7 +76,7 @@ class MLflow(Tracker):
         else:
             self._where = self.tracking_uri or os.environ["MLFLOW_TRACKING_URI"]
         self._client = MlflowClient(tracking_uri=self._where)
-        if run.id is not None:
+        if run.id is not None and self._exists(run.id):
             self._run_id = run.id
             self._client.update_run(run.id, status="RUNNING")
             return run.id
@@ -87,6 +88,18 @@ class MLflow(Tracker):
         for first in range(0, len(options), 100):
             self._client.log_batch(self._run_id, params=options[first : first + 100])
         return self._run_id
+
+    def _exists(self, run_id: str) -> bool:
+        """Whether the server still has the run."""
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
+
+        try:
+            self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
 
     def _experiment(self, artifacts: str | None) -> str:
         found = self._client.get_experiment_by_name(self.experiment)

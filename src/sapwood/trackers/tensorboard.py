@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run folder: `tensorboard --logdir runs`. The tracker that runs have unless told."""
+"""TensorBoard event files in the run folder, the default: look with `tensorboard --logdir runs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trackio, Hugging Face's tracker: local by default, or a Space. Needs sapwood[trackio]; look with `trackio show`."""
+"""trackio: local by default (look with `trackio show`), or a Hugging Face Space. Needs sapwood[trackio]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline (`wandb sync` sends an offline run later). Needs sapwood[wandb]."""
+"""Weights & Biases, online, or offline until `wandb sync`. Needs sapwood[wandb]."""
 
 from __future__ import annotations
 
