@@ -118,7 +118,7 @@ class Trainer:
     finished: str | None = None
     _stopping: Stopping = field(default_factory=Stopping)
     _last: dict[str, float] = field(default_factory=dict)
-    _kept: dict[str, Any] = field(default_factory=dict)
+    _kept: dict[str, Any] | None = None
     _touched: bool = False
     _saved_step: int = -1
     _saved_at: float = field(default_factory=time.monotonic)
@@ -225,6 +225,7 @@ class Trainer:
         recipe, step, (learnt, timing) = self.recipe, self.done, self.pending
         metrics = dict(learnt)
         due = step == self.parts.steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
+        self._keep()
         if due:
             with self._stopping.interruptible():
                 metrics |= self._evaluate(TRAINED)
@@ -240,7 +241,7 @@ class Trainer:
         self.log.log_metrics(step, metrics)
         self.log.log_timing(step, timing)
         self.progress.step(step, metrics, timing)
-        self.pending, self._last = None, metrics
+        self.pending, self._last, self._kept = None, metrics, None
         if last:
             self.finished = "all steps are made" if step == self.parts.steps else "stopped early"
         elif self._checkpoint_due(step):
@@ -322,7 +323,7 @@ class Trainer:
             "parameters": resume.trained(self.models),
             "stepper": self.stepper.state(),
             "watchers": self._watcher_state(),
-            **self._kept,
+            **(self._kept or self._between()),
             "tasks": None if tasks is None else tasks.state(),
             "evaluations": self.evaluations,
         }
@@ -346,7 +347,7 @@ class Trainer:
             self.parts.tasks.load_state(state["tasks"])
         self.evaluations = {name: dict(found) for name, found in state["evaluations"].items()}
         self.done, self._saved_step = start.step, -1 if start.pending else start.step
-        self._kept, self._last = self._between(), dict(state["metrics"])
+        self._last = dict(state["metrics"])
         early = self.parts.early_stopping
         if state["pending"] is not None:
             learnt, timing = state["pending"]
@@ -366,7 +367,7 @@ class Trainer:
         order = derive(seed, ORDER, step)
         self.progress.phase("sampling" if self.algorithm.learns_from == "rollouts" else "reading")
         # Until its first update nothing is learnt: a run that ends there is at the end of the step before.
-        self._kept, self._touched = checkpoint.copied(self._between()), False
+        self._keep()
         with self._stopping.interruptible():
             groups = self.parts.source.groups(step)
             rows = to_rows(groups, self.parts.source.temperature)
@@ -389,12 +390,16 @@ class Trainer:
             metrics["epoch"] = step * self.recipe.optim.groups_per_step / self.parts.examples
         metrics |= _reply_metrics(groups)
         timing = self._timing(groups, rows, began, gathered, learnt)
-        self._kept, self._touched = self._between(), False
+        self._kept, self._touched = None, False
         return {name: value for name, value in metrics.items() if not name.startswith("_")}, timing
 
     def _between(self) -> dict[str, Any]:
-        """The state that a step changes before its first update."""
+        """The state that sampling, credit and evaluation change."""
         return {"algorithm": self.algorithm.state(), "source": self.parts.source.state()}
+
+    def _keep(self) -> None:
+        """What is saved from here on is the state of this moment, until what follows is done."""
+        self._kept, self._touched = checkpoint.copied(self._between()), False
 
     def _samples_due(self, step: int) -> bool:
         every = self.recipe.samples.every
@@ -520,6 +525,10 @@ class Trainer:
             metrics |= self.parts.tasks.play(name, self.progress.work)
             if self.recipe.samples.every:
                 self.log.save_samples(self.done, self.parts.tasks.played, decode=self._decode, name="eval")
+            # The engine would keep these prompts, and the next step's numbers would tell: a prefix that both share is
+            # computed among other rows here, and differs in its last bits. A resumed run has no such past.
+            assert self.parts.engine is not None
+            self.parts.engine.load(self.policy)
         return {f"eval/{key}": value for key, value in metrics.items()}
 
     def _see(self, metrics: Mapping[str, float], evaluated: bool) -> bool:

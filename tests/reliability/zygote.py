@@ -7,6 +7,7 @@ python -m tests.reliability.zygote        commands and answers are JSON lines
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -22,7 +23,12 @@ class Zygote:
     """The parent's end. A context manager."""
 
     def __enter__(self) -> Zygote:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, "-m", "tests.reliability.zygote"]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -75,6 +81,7 @@ def _serve() -> None:
 def _run(command: dict[str, Any]) -> None:
     """In the child: what `sapwood train` does, then the end of the process."""
     os.setsid()
+    faulthandler.dump_traceback_later(120, exit=True, file=open(command["log"] + ".stuck", "w"))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
