@@ -82,6 +82,12 @@ def improves(value: float, best: float, higher_is_better: bool, min_delta: float
     return value > best + min_delta if higher_is_better else value < best - min_delta
 
 
+def higher_is_better(metric: str) -> bool:
+    """Losses, divergences and their like should fall; everything else is taken to be better the higher it is."""
+    falling = ("loss", "perplexity", "kl", "gap", "grad_norm", "error", "nll")
+    return not any(word in metric.rpartition("/")[2] for word in falling)
+
+
 @dataclass
 class Stepper:
     """AdamW over named parameter groups. `total`: the run's steps; loss_scaling: for float16 products."""

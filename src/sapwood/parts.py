@@ -21,10 +21,10 @@ from sapwood.heldout import HeldOutRecords, HeldOutTasks
 from sapwood.metrics import Metric
 from sapwood.models.adapters import AdapterFile
 from sapwood.models.critic import check_vocabulary
-from sapwood.models.load import Policy, find_adapter, is_adapter, load_policy
+from sapwood.models.load import Policy, called, find_adapter, is_adapter, load_policy
 from sapwood.models.roles import Models, build_critic, reference_on
 from sapwood.opening import build_chat, build_engine
-from sapwood.optimizer import EarlyStopping, Plateau, Stepper
+from sapwood.optimizer import EarlyStopping, Plateau, Stepper, higher_is_better
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.rewards import Reward
@@ -219,11 +219,13 @@ def _models(recipe: Recipe, algorithm: Algorithm, policy: Policy) -> Models:
     needs, section = algorithm.needs, recipe.reference
     reference = None
     if section is not None and section.name is None and section.init_from is not None:
-        reference = reference_on(policy, section.init_from)
+        with called("reference.name", "reference.init_from"):
+            reference = reference_on(policy, section.init_from)
     if section is not None and reference is None and (section.name or section.init_from):
         name = section.name or recipe.model.name
         own = {"name": name, "init_from": section.init_from, "lora": None}
-        reference = load_policy(recipe.model.model_copy(update=own), recipe.run.seed)
+        with called("reference.name", "reference.init_from"):
+            reference = load_policy(recipe.model.model_copy(update=own), recipe.run.seed)
         check_vocabulary("reference.name", name, reference.tokenizer, policy)
     critic = build_critic(policy, recipe.critic, recipe.model, recipe.run.seed) if needs.values else None
     return Models(policy, needs=needs, reference=reference, critic=critic, autocast=recipe.model.autocast)
@@ -296,12 +298,6 @@ def _watched(
             f"{option} watches {watched}, but eval.every is 0, so it is measured at the end only: set it."
         )
     return watched
-
-
-def higher_is_better(metric: str) -> bool:
-    """Losses, divergences and their like should fall; everything else is taken to be better the higher it is."""
-    falling = ("loss", "perplexity", "kl", "gap", "grad_norm", "error", "nll")
-    return not any(word in metric.rpartition("/")[2] for word in falling)
 
 
 def _notes(policy: Policy, models: Models, data: _Data | None) -> list[str]:

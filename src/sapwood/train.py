@@ -41,8 +41,8 @@ from sapwood.errors import ConfigError, SapwoodError, Stopped, StorageError, Tra
 from sapwood.evaluate import EvalTable, MetricTable
 from sapwood.models.load import Policy
 from sapwood.models.roles import Models
-from sapwood.optimizer import Stepper, counters, set_counters
-from sapwood.parts import Parts, build, higher_is_better
+from sapwood.optimizer import Stepper, counters, higher_is_better, set_counters
+from sapwood.parts import Parts, build
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.resume import Start
