@@ -1,10 +1,10 @@
-# make demo | test | check | bench | docs. The environment .venv is built by the first target that needs it.
+# make demo | test | test-trackers | check | bench | docs. The environment .venv is built by the first target that needs it.
 PYTHON ?= python3
 BIN := .venv/bin
 # Torch's own choice of threads is the best for a run; tests are many small calls, where one thread a worker wins.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-slow check format bench docs clean
+.PHONY: help demo test test-trackers test-slow check format bench docs clean
 
 help:
 	@sed -n '1p' Makefile | cut -c3-
@@ -29,6 +29,18 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(BIN)/pytest -m "slow and not gpu"
 
+# W&B, MLflow and trackio bring 40 packages, so they have an environment of their own, on top of .venv.
+.venv-trackers/.installed: .venv/.installed constraints-trackers.txt
+	$(BIN)/python -m venv .venv-trackers
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$(.venv-trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_sapwood.pth"
+	.venv-trackers/bin/pip install --quiet --disable-pip-version-check -c constraints-trackers.txt \
+		'wandb>=0.31' 'mlflow-skinny>=3.17' 'sqlalchemy>=2.0' 'alembic>=1.13' 'trackio>=0.43'
+	@touch $@
+
+test-trackers: .venv-trackers/.installed
+	$(TEST_ENV) .venv-trackers/bin/python -m pytest tests/trackers
+
 check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,10 +56,12 @@ bench: .venv/.installed
 	PYTHON=$(PYTHON) bash benchmarks/make_env_ppo.sh .venv-trlppo
 	$(BIN)/python benchmarks/run_all.py
 
-# Rewrites the help inside docs/cli.md and the tables inside docs/recipes.md; a test fails where they are out of date.
+# Rewrites the help inside docs/cli.md and the tables inside docs/recipes.md and docs/metrics.md; a test fails where they
+# are out of date.
 docs: .venv/.installed
 	$(BIN)/python scripts/cli_docs.py
 	$(BIN)/python scripts/recipe_docs.py
+	$(BIN)/python scripts/metrics_docs.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sapwood.canvas import Plot, Sheet, Span, room
+from sapwood.metricnames import titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,11 +227,7 @@ def _everything(history: History) -> list[Panel]:
         told.update(name for name, _ in (*history.lines(panel), *history.lines(panel, right=True)))
         told.update(name for name in (*(panel.band or ()), panel.deviation) if name)
     rest = [name for name in history.names if not {name, name.removeprefix("eval/")} & told]
-    return [*_DETAILED_PANELS, *(Panel(_heading(name), ((name, ""),)) for name in rest)]
-
-
-def _heading(name: str) -> str:
-    return f"Held-out {name.removeprefix('eval/')}" if name.startswith("eval/") else name
+    return [*_DETAILED_PANELS, *(Panel(titled(name), ((name, ""),)) for name in rest)]
 
 
 def _figure(history: History, panels: Sequence[Panel], title: str, columns: int) -> Figure:
@@ -328,7 +325,7 @@ def _band(history: History, panel: Panel, metric: str) -> tuple[list[int], list[
         found = known, below, above, "± 1 standard deviation"
     else:
         return None
-    return found if known else None
+    return found if len(known) > 1 else None
 
 
 def _warnings_told(warnings: Records) -> str:

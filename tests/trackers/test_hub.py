@@ -15,6 +15,7 @@ from tests.tracking import Broken, Hangs, Recorder, Refuses
 from sapwood.errors import ConfigError, MissingExtra
 from sapwood.trackers import TrackedRun, Tracker, _hub
 from sapwood.trackers._hub import Trackers, distributions, picked, quiet_stdout, shown
+from sapwood.trackers.check import check_tracker
 
 
 @pytest.fixture
@@ -283,6 +284,16 @@ def test_trackers_that_are_none_cost_nothing():
     hub.samples(1, [{"not": "looked at"}])
     hub.finish("finished")
     assert hub.notes() == []
+
+
+def test_a_tracker_that_breaks_its_contract_is_told(tmp_path):
+    class Forgets(Recorder):
+        def start(self, run):
+            return str(run.resumed_from)
+
+    check_tracker(Recorder, tmp_path)
+    with pytest.raises(ConfigError, match="same name for a resumed run: 'None', then '2'"):
+        check_tracker(Forgets, tmp_path)
 
 
 def test_histograms_are_arrays(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import time
@@ -64,10 +65,11 @@ class MLflow(Tracker):
     def start(self, run: TrackedRun) -> str:
         """Begin a run, or go on with that of `run.id`; options of the recipe are its parameters."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # or it tells of every table of a new database
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
+        # Of a new database it tells how it makes the tables.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         own = self.tracking_uri is None and not os.environ.get("MLFLOW_TRACKING_URI")
         folder = run.dir.absolute() / "mlflow"
         if own:
@@ -146,7 +148,7 @@ def _name(name: str) -> str:
 
 def _leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:
     """Options by dotted name."""
-    if isinstance(data, Mapping) and data:
+    if isinstance(data, Mapping) and (data or not path):
         return [leaf for key, value in data.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))]
     return [(path, data)]
 
