@@ -150,8 +150,8 @@ def test_kto_takes_the_reference_of_its_records_from_the_file(model_dir, files, 
     for precompute in (False, True):
         changes = {"reference": {"precompute": True}} if precompute else {}
         made = trainer(model_dir, files, tmp_path / f"run{precompute}", "kto", **changes)
-        if made._cache is not None:
-            made._cache.build(made.models, made._pack)
+        if made.parts.reference_cache is not None:
+            made.parts.reference_cache.build(made.models, made.learner.pack)
         scored: list[int] = []
         score = made.models.score
 
@@ -169,9 +169,9 @@ def test_kto_takes_the_reference_of_its_records_from_the_file(model_dir, files, 
 def test_a_gradient_that_no_loss_scale_saves_stops_the_run(model_dir, files, tmp_path):
     made = trainer(model_dir, files, tmp_path / "run", "dpo", model={"autocast": "float16"})
     overflow = {"grad_norm": float("inf"), "loss": 1.0}
-    made._guard(1, {**overflow, "loss_scale": 1024.0})  # expected now and then
+    assert made.learner._is_finite({**overflow, "loss_scale": 1024.0})  # expected now and then
     with pytest.raises(TrainingStopped, match=r"not finite even at a loss scale of 0\.5"):
-        made._guard(1, {**overflow, "loss_scale": 0.5})
+        made.learner._is_finite({**overflow, "loss_scale": 0.5})
 
 
 def test_a_watched_metric_that_was_seen_may_be_missing(model_dir, files, tmp_path):

@@ -176,6 +176,12 @@ class Stepper:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.section.max_grad_norm))
         return {"grad_norm": norm, "loss_scale": self.scaler.get_scale()} if self.loss_scaling else {"grad_norm": norm}
 
+    def skip(self) -> None:
+        """Leave the weights as they are, after `clip`."""
+        self.zero_grad()
+        if self.loss_scaling:
+            self.scaler.update()
+
     def step(self) -> None:
         """Apply the gradients."""
         self.scaler.step(self.optimizer)

@@ -214,9 +214,9 @@ class Run:
         """What there is to tell the user about trackers since the last time: where to look, what failed."""
         return self._trackers.notes()
 
-    def warn(self, step: int, warning: Mapping[str, Any]) -> None:
-        """Append what a guard found to warnings.jsonl."""
-        self._append("warnings.jsonl", {"step": step, **warning})
+    def warn(self, record: Mapping[str, Any]) -> None:
+        """Append what a guard found (step, name, message, remedies, metrics) to warnings.jsonl."""
+        self._append("warnings.jsonl", record)
 
     def event(self, kind: str, message: str, step: int) -> None:
         """Append something that happened by the clock to events.jsonl.
@@ -382,6 +382,21 @@ class Run:
 
 
 _LOGGERS = ("sapwood", "py.warnings")
+
+
+def in_use(folder: Path) -> str | None:
+    """The process that is training a run, or None."""
+    path = folder / ".lock"
+    if fcntl is None or not path.is_file():
+        return None
+    with writing(path), open(path, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read(20).decode(errors="replace").strip() or "?"
+        except OSError:
+            return None
+    return None
 
 
 def _begun(path: Path) -> bool:

@@ -33,24 +33,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from sapwood import checkpoint, resume
-from sapwood.algorithms import Algorithm, Forward, RowBatch, Totals
+from sapwood import checkpoint, memory, resume
+from sapwood.algorithms import Algorithm
 from sapwood.chat import Chat
 from sapwood.config import Recipe, dump_recipe
-from sapwood.errors import ConfigError, SapwoodError, Stopped, StorageError, TrainingStopped
+from sapwood.errors import BudgetError, ConfigError, SapwoodError, Stopped, StorageError, TrainingStopped
 from sapwood.evaluate import EvalTable, MetricTable
+from sapwood.guards import Alarm, Watch, reply_metrics
+from sapwood.learner import Learner
 from sapwood.models.load import Policy
 from sapwood.models.roles import Models
 from sapwood.optimizer import Stepper, counters, higher_is_better, set_counters
 from sapwood.parts import Parts, build
 from sapwood.progress import Progress
-from sapwood.reference import ReferenceCache
 from sapwood.resume import Start
 from sapwood.rollout import to_rows
 from sapwood.run import Run
 from sapwood.signals import Interrupted, Stopping
 from sapwood.source import DROPOUT, GLOBAL, ORDER, derive
-from sapwood.tree import pack
 from sapwood.types import Group, Ids, Row
 
 BASE, TRAINED = "base model", "trained model"
@@ -90,16 +90,6 @@ def train(
         return Trainer.of(recipe, log, shown, start or Start()).run_all()
 
 
-def split_updates(rows: Sequence[Row], updates: int, seed: int) -> list[list[Row]]:
-    """Deal whole groups, in an order drawn from the seed, to at most `updates` parts of nearly equal size."""
-    groups = sorted({row.group for row in rows})
-    if updates == 1:
-        return [list(rows)]
-    order = np.random.default_rng(seed).permutation(groups)
-    parts = [set(part.tolist()) for part in np.array_split(order, min(updates, len(groups)))]
-    return [[row for row in rows if row.group in part] for part in parts]
-
-
 @dataclass
 class Trainer:
     """One run. `of` builds its parts from a recipe; the loop is `run_all`, a step is `step`.
@@ -116,13 +106,29 @@ class Trainer:
     done: int = 0
     pending: tuple[dict[str, float], dict[str, float]] | None = None
     finished: str | None = None
+    watch: Watch = field(init=False)
+    learner: Learner = field(init=False)
     _stopping: Stopping = field(default_factory=Stopping)
     _last: dict[str, float] = field(default_factory=dict)
     _kept: dict[str, Any] | None = None
-    _touched: bool = False
     _saved_step: int = -1
     _saved_at: float = field(default_factory=time.monotonic)
     _waiting: bool = False
+
+    def __post_init__(self) -> None:
+        parts = self.parts
+        self.watch = Watch.of(self.recipe, parts.algorithm.learns_from)
+        self.learner = Learner(
+            self.recipe,
+            parts.algorithm,
+            parts.models,
+            parts.stepper,
+            self.log,
+            self.progress,
+            parts.steps,
+            self._decode,
+            parts.reference_cache,
+        )
 
     @staticmethod
     def of(recipe: Recipe, run: Run, progress: Progress, start: Start = Start()) -> Trainer:  # noqa: B008  (frozen)
@@ -162,10 +168,6 @@ class Trainer:
         """The optimiser."""
         return self.parts.stepper
 
-    @property
-    def _cache(self) -> ReferenceCache | None:
-        return self.parts.reference_cache
-
     def run_all(self) -> TrainResult:
         """Evaluate, train all steps, evaluate again; checkpoints, samples and metrics as the recipe asks."""
         section, best = self.recipe.checkpoint, self.recipe.checkpoint.best
@@ -191,10 +193,10 @@ class Trainer:
         if self.done == 0:
             with self._stopping.interruptible():
                 self._evaluate_start()
-        if self._cache is not None:
+        if self.parts.reference_cache is not None:
             self.progress.phase("reference log-probabilities")
             with self._stopping.interruptible():
-                self._cache.build(self.models, self._pack, self.progress.work)
+                self.parts.reference_cache.build(self.models, self.learner.pack, self.progress.work)
         self.progress.start(steps, done=self.done)
         if self.finished is not None:
             self.progress.note(f"nothing is left to do ({self.finished}); give more run.steps to go on.")
@@ -241,11 +243,23 @@ class Trainer:
         self.log.log_metrics(step, metrics)
         self.log.log_timing(step, timing)
         self.progress.step(step, metrics, timing)
+        alarm = self._warn(step, metrics)
         self.pending, self._last, self._kept = None, metrics, None
         if last:
             self.finished = "all steps are made" if step == self.parts.steps else "stopped early"
-        elif self._checkpoint_due(step):
+        elif alarm is not None or self._checkpoint_due(step):
             self._save(writer)
+        if alarm is not None:
+            writer.wait()
+            raise TrainingStopped(alarm.reason_to_stop())
+
+    def _warn(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """Tell what the guards make of a step; the first warning that is to stop the run."""
+        alarms = self.watch.see(step, metrics)
+        for alarm in alarms:
+            self.log.warn(alarm.record())
+            self.progress.warn(alarm.sentence())
+        return next((alarm for alarm in alarms if alarm.stop), None)
 
     def _checkpoint_due(self, step: int) -> bool:
         section = self.recipe.checkpoint
@@ -280,7 +294,7 @@ class Trainer:
 
     def _rescue(self, writer: checkpoint.Writer) -> None:
         """Something failed: keep the last finished step, unless an update of the next has changed the weights."""
-        if self.done and self._saved_step != self.done and not self._touched:
+        if self.done and self._saved_step != self.done and not self.learner.touched:
             with contextlib.suppress(SapwoodError):  # what failed first is what is told
                 self._save(writer)
                 writer.wait()
@@ -323,6 +337,8 @@ class Trainer:
             "parameters": resume.trained(self.models),
             "stepper": self.stepper.state(),
             "watchers": self._watcher_state(),
+            "learner": self.learner.state(),
+            "guards": self.watch.state(),
             **(self._kept or self._between()),
             "tasks": None if tasks is None else tasks.state(),
             "evaluations": self.evaluations,
@@ -341,6 +357,8 @@ class Trainer:
         resume.load_weights(self.models, start.folder, state)
         self.stepper.load_state(state["stepper"])
         self._set_watchers(state["watchers"])
+        self.learner.load_state(state["learner"])
+        self.watch.load_state(state["guards"])
         self.algorithm.load_state(state["algorithm"])
         self.parts.source.load_state(state["source"])
         if self.parts.tasks is not None and state["tasks"] is not None:
@@ -369,16 +387,17 @@ class Trainer:
         # Until its first update nothing is learnt: a run that ends there is at the end of the step before.
         self._keep()
         with self._stopping.interruptible():
-            groups = self.parts.source.groups(step)
+            groups = memory.retry(lambda: self.parts.source.groups(step), self._shrink_engine)
             rows = to_rows(groups, self.parts.source.temperature)
         gathered = time.perf_counter()
         self.progress.phase("learning")
         torch.manual_seed(derive(seed, DROPOUT, step))
         metrics = self.algorithm.begin(step, self.parts.steps) | self.parts.source.metrics()
-        self._score(groups, rows, order)
+        self.learner.score(groups, rows, order)
         kept, credited = self.algorithm.credit(groups, rows)
         metrics |= credited
-        metrics |= self._learn([row for row in kept if row.scored], step, order)
+        taught = [row for row in kept if row.scored]
+        metrics |= self.learner.learn(groups, taught, step, order, keep=self._samples_due(step))
         self.algorithm.finish(metrics)
         metrics |= self.algorithm.derived(metrics)
         learnt = time.perf_counter()
@@ -388,9 +407,9 @@ class Trainer:
             self.log.save_samples(step, groups, kept, self._decode)
         if self.parts.examples:
             metrics["epoch"] = step * self.recipe.optim.groups_per_step / self.parts.examples
-        metrics |= _reply_metrics(groups)
+        metrics |= reply_metrics(groups, sampled=self.algorithm.learns_from == "rollouts")
         timing = self._timing(groups, rows, began, gathered, learnt)
-        self._kept, self._touched = None, False
+        self._kept, self.learner.touched = None, False
         return {name: value for name, value in metrics.items() if not name.startswith("_")}, timing
 
     def _between(self) -> dict[str, Any]:
@@ -399,7 +418,21 @@ class Trainer:
 
     def _keep(self) -> None:
         """What is saved from here on is the state of this moment, until what follows is done."""
-        self._kept, self._touched = checkpoint.copied(self._between()), False
+        self._kept, self.learner.touched = checkpoint.copied(self._between()), False
+
+    def _shrink_engine(self) -> None:
+        """Memory ran out in sampling: try again with a smaller engine, from where the sampling began."""
+        assert self._kept is not None
+        engine = self.parts.engine
+        if engine is None or not engine.shrink():
+            raise BudgetError(
+                "memory ran out in sampling, and the engine can't take less; lower engine.max_new_tokens or the length "
+                "of prompts, quantise the base (model.quantize) or choose a smaller model."
+            )
+        self.parts.source.load_state(self._kept["source"])
+        told = "memory ran out in sampling: the engine takes fewer replies and tokens at once from here on"
+        self.log.event("memory", told, self.done)
+        self.progress.warn(told)
 
     def _samples_due(self, step: int) -> bool:
         every = self.recipe.samples.every
@@ -423,85 +456,6 @@ class Trainer:
         rate = tokens / max(gathered - began, 1e-9) if sampled else tokens / max(learnt - began, 1e-9)
         return {**timing, "sampled_tokens" if sampled else "tokens": tokens, "tokens_per_second": rate}
 
-    def _score(self, groups: Sequence[Group], rows: list[Row], order: int) -> None:
-        """Fill in what the algorithm needs, packed as the first updates will be; its further rows join `rows`."""
-        extra, needs = self.algorithm.augment(rows), self.algorithm.needs
-        if self._cache is not None:
-            self._cache.fill(groups, rows)
-            needs = self._cache.rest(needs)
-        elif extra:  # together, so that the prompts that they share are computed once
-            self.models.score(self._pack([*rows, *extra]), self.algorithm.extra_needs)
-        if self._cache is not None or not extra:
-            parts = split_updates(rows, self.algorithm.updates, order)
-            self.models.score([micro for part in parts for micro in self._pack(part)], needs)
-            self.models.score(self._pack(extra), self.algorithm.extra_needs)
-        rows += extra
-
-    def _pack(self, rows: Sequence[Row]) -> list[list[Row]]:
-        optim = self.recipe.optim
-        limit = optim.batch_size if optim.gradient_accumulation > 1 else None
-        return pack(rows, optim.token_budget, atomic=self.algorithm.atomic, max_groups=limit)
-
-    def _learn(self, rows: list[Row], step: int, order: int) -> dict[str, float]:
-        """All updates of a step; metrics are means over them. Nothing but the rate where no row can teach."""
-        rate = self.stepper.schedule(step)
-        if not rows:
-            return {"learning_rate": rate, "updates": 0}
-        self.models.train()
-        reports: list[dict[str, float]] = []
-        for update in self._updates(rows, order):
-            reports.append(self._update(update, step))
-            if self.algorithm.adapt(reports[-1]):
-                break
-        self.models.eval()
-        means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
-        return {**means, "learning_rate": rate, "updates": len(reports)}
-
-    def _updates(self, rows: list[Row], order: int) -> list[list[Row]]:
-        parts = split_updates(rows, self.algorithm.updates, order)
-        return [part for _ in range(self.algorithm.epochs) for part in parts]
-
-    def _update(self, rows: Sequence[Row], step: int) -> dict[str, float]:
-        """One optimiser step over these rows, micro-batch by micro-batch."""
-        totals = Totals.of(rows)
-        sums: dict[str, float] = {}
-        self.stepper.zero_grad()
-        for micro in self._pack(rows):
-            forward = self.models.forward(micro, self.algorithm.needs)
-            output = self.algorithm.loss(forward, RowBatch.of(micro, self.policy.device), totals)
-            self.stepper.backward(output.loss)
-            if self._samples_due(step):
-                _keep_logprobs(micro, forward)
-            for name, value in output.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        sums |= self.stepper.clip()
-        self._guard(step, sums)
-        self._touched = True
-        self.stepper.step()
-        return sums
-
-    def _guard(self, step: int, sums: Mapping[str, float]) -> None:
-        """Stop before a broken update reaches the weights."""
-        norm, loss = sums["grad_norm"], sums.get("loss", 0.0)
-        # With a loss scale, a gradient that overflows is expected now and then: the scaler skips it and backs off.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.stepper.loss_scaling):
-            raise TrainingStopped(
-                f"step {step}: loss {loss} and gradient norm {norm} are not finite; the weights are those "
-                "of the step before. Lower optim.learning_rate, or use model.dtype=float32."
-            )
-        if not math.isfinite(norm) and sums["loss_scale"] < 1.0:
-            raise TrainingStopped(
-                f"step {step}: the gradient is not finite even at a loss scale of {sums['loss_scale']:g}, so it isn't "
-                "float16's range that is exceeded. Lower optim.learning_rate, or use model.dtype=float32."
-            )
-        gap, limit = sums.get("gap_k3", 0.0), self.recipe.optim.max_gap
-        if gap > limit:
-            raise TrainingStopped(
-                f"step {step}: sampler and trainer disagree by {gap:.3g} nats a token (limit optim.max_gap = "
-                f"{limit:g}), so the samples don't come from the policy that learns. Use one dtype for both, or raise "
-                "optim.max_gap and correct for the gap with algorithm.gap_correction=token."
-            )
-
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def _evaluate_start(self) -> None:
@@ -511,6 +465,7 @@ class Trainer:
         if self.recipe.eval.at_start:
             metrics = self._evaluate(BASE)
             self.log.log_metrics(0, metrics)
+            self._warn(0, metrics)
             self.progress.note(f"held-out before training: {_told(metrics)}")
 
     def _evaluate(self, name: str) -> dict[str, float]:
@@ -519,7 +474,10 @@ class Trainer:
         _seed_globals(self.recipe.run.seed, self.done)
         metrics: dict[str, float] = {}
         if self.parts.records is not None:
-            self.evaluations[name] = self.parts.records.measure(self._pack)
+            records = self.parts.records
+            self.evaluations[name] = self.learner.within_memory(
+                lambda: records.measure(self.learner.pack), to_rows(records.groups, 1.0)
+            )
             metrics |= self.evaluations[name]
         if self.parts.tasks is not None:
             metrics |= self.parts.tasks.play(name, self.progress.work)
@@ -576,21 +534,7 @@ def _seed_globals(seed: int, step: int) -> None:
     torch.manual_seed(drawn)
 
 
-def _keep_logprobs(rows: Sequence[Row], forward: Forward) -> None:
-    """What the policy gives a row's tokens in this update, for the samples."""
-    if not forward.logprobs.numel():
-        return
-    parts = forward.logprobs.detach().float().cpu().split([row.scored for row in rows])
-    for row, part in zip(rows, parts, strict=True):
-        row.logprobs = part.numpy().copy()
-
-
 def _told(metrics: Mapping[str, float]) -> str:
     shown = ("eval/return", "eval/loss", "eval/accuracy", "eval/perplexity")
     found = {name.removeprefix("eval/"): metrics[name] for name in shown if name in metrics}
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items()) or "nothing was measured"
-
-
-def _reply_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    lengths = [turn.token_ids.size for group in groups for t in group.trajectories for turn in t.turns]
-    return {"reply_tokens": sum(lengths) / max(len(lengths), 1)}

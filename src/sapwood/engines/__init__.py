@@ -64,7 +64,10 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> list[Completion]:
-        """Advance all running requests; the finished ones, in order of submission. [] when nothing is queued."""
+        """Advance all running requests; the finished ones, in order of submission. [] when nothing is queued.
+
+        An exception drops every request; the engine stays usable.
+        """
 
     @abstractmethod
     def close(self, episode: str) -> None:
@@ -73,6 +76,13 @@ class Engine(ABC):
     @abstractmethod
     def load(self, policy: Any) -> None:
         """Take the policy's current weights; every cache is invalidated."""
+
+    def shrink(self) -> bool:
+        """Take less memory from here on, after a `step` or `load` that ran out of it; False where that can't be.
+
+        Requests, episodes and caches are dropped. What is sampled from then on is the same, rounding apart.
+        """
+        return False
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Sample all requests; completions in the order of the requests. Their episodes are closed."""

@@ -26,6 +26,7 @@ from sapwood.engines._plan import Heads, Plan
 from sapwood.errors import EngineError
 from sapwood.models.forward import tree_obstacle
 from sapwood.models.heads import LogitTransform
+from sapwood.models.products import memory_limited
 from sapwood.models.quantised import dense_weight
 
 _LEAN = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
@@ -165,7 +166,10 @@ class LeanRuntime(Runtime):
         self._table = torch.empty(0, device=device)
         self._layers: list[_Layer] = []
         self._packable = (
-            dtype is torch.float32 and device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            dtype is torch.float32
+            and device.type == "cpu"
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            and not memory_limited()
         )
         self._packed: Tensor | None = None
         self._packed_state: tuple[int, int] | None = None
@@ -333,7 +337,7 @@ def _window(attention: Any) -> int | None:
 
 def _product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
     """x weight^T + bias, by the packed weight where there is one."""
-    if packed is None:
+    if packed is None or memory_limited():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -349,9 +353,9 @@ class GenericRuntime(Runtime):
     """Any decoder that uses transformers' attention interface: its own forward, with attention by plan."""
 
     def __init__(self, model: Any) -> None:
-        obstacle = tree_obstacle(model)
+        obstacle = tree_obstacle(model, training=False)
         if obstacle:
-            raise EngineError(f"the local engine can't serve this model: {obstacle}; use the vllm engine.")
+            raise EngineError(f"the local engine can't serve this model: {obstacle}; choose another model.")
         AttentionInterface.register(_ATTENTION, _planned_attention)
         config = model.config.get_text_config()
         weight = model.get_input_embeddings().weight
@@ -359,7 +363,8 @@ class GenericRuntime(Runtime):
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         self._model = model
         self._transform = LogitTransform.of(config)
-        self.kv_shape = KvShape(config.num_hidden_layers, config.num_key_value_heads, width, dtype, weight.device)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.kv_shape = KvShape(config.num_hidden_layers, heads, width, dtype, weight.device)
 
     def load(self, model: Any) -> None:
         """The policy's modules are used as they are."""
@@ -421,7 +426,9 @@ def _planned_attention(
 ) -> tuple[Tensor, None]:
     """The function behind transformers' attention interface. query [1, KG, N, D], key and value [1, K, N, D]."""
     if sapwood_plan is None or attention_mask is not None or kwargs.get("s_aux") is not None:
-        raise EngineError("the model passes an attention argument that the local engine doesn't know; use vllm.")
+        raise EngineError(
+            "the model passes an attention argument that the local engine doesn't know; choose another model."
+        )
     kv_heads, width = key.shape[1], key.shape[3]
     q = query[0].transpose(0, 1).unflatten(1, (kv_heads, -1))
     sapwood_plan.store(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))

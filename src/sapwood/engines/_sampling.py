@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sapwood.engines import Sampling
+from sapwood.errors import EngineError
 
 _CHUNK = 256
 #: Candidates that the search for a top-p set starts with; eight times as many at each further try.
@@ -77,12 +78,16 @@ def draw(logits: Tensor, options: Sequence[Sampling], u: NDArray[np.float64]) ->
 def _draw_alike(logits: Tensor, rule: _Rule, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.float()
     if rule.temperature == 0.0:
-        return _greedy(logits)
+        tokens, logprobs, kept = _greedy(logits)
+        _check_finite(logprobs)
+        return tokens, logprobs, kept
     z = logits if rule.temperature == 1.0 else logits / rule.temperature
     top_k = rule.top_k if 0 < rule.top_k < z.shape[1] else 0
     if top_k or rule.top_p < 1.0:
         return _from_candidates(z, top_k, rule.top_p, rule.min_p, u)
-    mass = (z - z.amax(1, keepdim=True)).exp_()
+    top = z.amax(1, keepdim=True)
+    _check_finite(top)
+    mass = (z - top).exp_()
     if rule.min_p == 0.0:
         tokens, total = _invert(mass, u)
         logprobs = (mass.gather(1, tokens[:, None])[:, 0].double() / total).log()
@@ -92,6 +97,14 @@ def _draw_alike(logits: Tensor, rule: _Rule, u: Tensor) -> tuple[Tensor, Tensor,
     tokens, kept = _invert(mass.masked_fill_(mass < rule.min_p, 0.0), u)
     logprobs = (mass.gather(1, tokens[:, None])[:, 0].double() / kept).log()
     return tokens, logprobs.clamp_(max=0.0), (kept / total).log().clamp_(max=0.0)
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise EngineError(
+            "the model's logits are not finite, so nothing can be sampled from them: its weights hold NaN or infinity "
+            "(an earlier run diverged, or the file is damaged), or float16 overflows, where engine.dtype=float32 helps."
+        )
 
 
 def _greedy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +137,7 @@ def _from_candidates(z: Tensor, top_k: int, top_p: float, min_p: float, u: Tenso
     """Truncated draws over the most probable tokens only, sorted; z [B, V] tempered logits."""
     vocab = z.shape[1]
     total = z.logsumexp(1).double()
+    _check_finite(total)
     count = top_k or min(vocab, _FIRST_CANDIDATES)
     while True:
         values, ids = z.topk(count, dim=1)

@@ -37,6 +37,8 @@ _ROOM = 256
 #: A prompt's last segment is copied into the tails of at most so many readers, if it is not longer than this.
 _FEW_READERS = 3
 _SHORT_SUFFIX = 256
+#: Prompt tokens per forward below which less would save no memory to speak of.
+_LEAST_CHUNK = 64
 
 
 class LocalOptions(BaseModel):
@@ -110,6 +112,9 @@ class LocalEngine(Engine):
         self._episodes: dict[str, _Kept] = {}
         self._passing: set[int] = set()
         self._submitted = 0
+        # Rows that the admission under way is to run with; rows and kept tokens of the last failure.
+        self._joining = 0
+        self._in_use = (0, 0)
         self._cache = PrefixCache()
         self._blocks: list[Block] | None = None
         self._runtime: Runtime
@@ -182,10 +187,18 @@ class LocalEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit what fits, then one token for every running row; those that finished, in order of submission."""
-        finished = self._admit()
-        if self._rows:
-            finished += self._decode()
+        """Admit what fits, then one token for every running row; those that finished, in order of submission.
+
+        An exception drops every request, episode and cache; the engine stays usable.
+        """
+        try:
+            finished = self._admit()
+            if self._rows:
+                finished += self._decode()
+        except BaseException:
+            self._in_use = (self._joining or len(self._rows), self.kept_tokens)
+            self._forget()
+            raise
         return [completion for _, completion in sorted(finished, key=lambda pair: pair[0])]
 
     @torch.inference_mode()
@@ -198,6 +211,32 @@ class LocalEngine(Engine):
         for place in range(len(self._rows) - 1, -1, -1):
             if self._rows[place].request.episode == episode:
                 self._remove(place)
+
+    def shrink(self) -> bool:
+        """Halve what was in use when memory ran out: rows, kept tokens, prompt tokens per forward. False at one row."""
+        self._forget()
+        options, (rows, tokens) = self.options, self._in_use
+        self._in_use = (0, 0)
+        if options.max_batch == 1 and options.prefill_chunk <= _LEAST_CHUNK:
+            return False
+        changes = {
+            "max_batch": max(min(options.max_batch, rows or options.max_batch) // 2, 1),
+            "kv_budget_tokens": max(min(options.kv_budget_tokens, tokens or options.kv_budget_tokens) // 2, 1),
+            "prefill_chunk": max(options.prefill_chunk // 2, min(_LEAST_CHUNK, options.prefill_chunk)),
+        }
+        self.options = options.model_copy(update=changes)
+        return True
+
+    def _forget(self) -> None:
+        """Drop every request, episode and cache, and the memory that they take."""
+        self._rows.clear()
+        self._waiting.clear()
+        self._episodes.clear()
+        self._passing.clear()
+        self._cache = PrefixCache()
+        self._tails = Tails(self._runtime.kv_shape)
+        self._blocks = None
+        self._joining = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Sample all requests; completions in the order of the requests. Their episodes are closed, also on errors."""
@@ -237,6 +276,7 @@ class LocalEngine(Engine):
             joining.append(self._place(order, request))
         if not joining:
             return []
+        self._joining = len(self._rows) + len(joining)
         self._make_room()
         self._prefill(joining)
         ends = list({id(row.end): row.end for row in joining}.values())
@@ -250,6 +290,7 @@ class LocalEngine(Engine):
         self._tails.add([[_known(segment.kv) for segment in history] for history in histories], room)
         first = len(self._rows)
         self._rows += joining
+        self._joining = 0
         self._blocks = None
         finished = self._accept(first, logits)
         self.stats.prefill_seconds += time.perf_counter() - start
