@@ -301,7 +301,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(EngineError, match="Gemma2ForCausalLM"):
         LocalEngine(tiny("gemma2"), options=LocalOptions(runtime="lean"))
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(EngineError, match="vllm"):
+    with pytest.raises(EngineError, match="dynamic rotary embedding .*; choose another model"):
         LocalEngine(tiny(rope_parameters=dynamic))
 
 
@@ -317,3 +317,49 @@ def test_bfloat16_stays_close() -> None:
     rough = LocalEngine(model).generate([request(0, prompt(0, 12))])[0]
     # The first log-probability doesn't depend on earlier choices.
     assert abs(float(exact.logprobs[0] - rough.logprobs[0])) < 0.3
+
+
+def test_an_exception_leaves_an_engine_that_samples_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    engine = LocalEngine(model, options=LocalOptions(max_batch=3))
+    requests = [request(i, ids) for i, ids in enumerate(varied_prompts())]
+    expected = engine.generate(requests)
+    for place in ("_prefill", "_decode"):  # with rows that are in neither queue, and with running ones
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object) -> None:
+                raise MemoryError
+
+            patch.setattr(engine, place, fail)
+            for one in requests:
+                engine.submit(one)
+            with pytest.raises(MemoryError):
+                engine.step()
+        assert engine.kept_tokens == 0
+        assert engine.step() == []
+        engine.load(model)
+        again = engine.generate(requests)
+        assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in expected]
+
+
+def test_shrinking_halves_what_was_in_use_until_one_row_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = LocalEngine(tiny(), options=LocalOptions(max_batch=64, prefill_chunk=256))
+    requests = [request(i, prompt(i, 10)) for i in range(6)]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_decode", fail)
+        for one in requests:
+            engine.submit(one)
+        with pytest.raises(MemoryError):
+            engine.step()
+    assert engine.shrink()
+    # 6 rows ran, with 10 prompt tokens each: in the trie, and in a copy of each row's own.
+    assert (engine.options.max_batch, engine.options.prefill_chunk) == (3, 128)
+    assert engine.options.kv_budget_tokens == 60
+    assert len(engine.generate(requests)) == 6
+    assert [engine.shrink() for _ in range(2)] == [True, False]
+    assert (engine.options.max_batch, engine.options.prefill_chunk) == (1, 64)
+    assert len(engine.generate(requests)) == 6

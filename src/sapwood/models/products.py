@@ -2,7 +2,8 @@
 
 Torch sends fp32 products on a CPU to MKL, which on other makers' processors stays with instructions half as wide as
 they have; oneDNN, which is part of torch too, uses them. Which of the two computes a product is decided by its shape
-alone, so that equal runs give equal numbers.
+alone, so that equal runs give equal numbers; but for a process whose memory is limited, in which oneDNN crashes where
+MKL raises an error that can be caught.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
+
 #: Rows from which on oneDNN's set-up is repaid.
 _ENOUGH_ROWS = 64
 _ONEDNN = (
@@ -22,10 +28,19 @@ _ONEDNN = (
 )
 
 
+def memory_limited() -> bool:
+    """Whether this process may not take all the memory that it wants (`ulimit -v`, RLIMIT_AS, RLIMIT_DATA)."""
+    if resource is None:
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N, in] weight [out, in]^T + bias -> [N, out], without gradient. Either may be the transpose of a matrix."""
     plain = x.dtype is torch.float32 and weight.dtype is torch.float32 and x.device.type == "cpu"
-    if not (_ONEDNN and plain and max(len(x), x.shape[1]) >= _ENOUGH_ROWS and _dense(x) and _dense(weight)):
+    enough = plain and max(len(x), x.shape[1]) >= _ENOUGH_ROWS
+    if not (_ONEDNN and enough and _dense(x) and _dense(weight)) or memory_limited():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
