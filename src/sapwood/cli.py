@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sapwood.commands import Command, report, train, view
+from sapwood.commands import Command, checkpoints, replay, report, train, view
 from sapwood.commands.shared import load, positive, recipe_arguments, show_progress
 from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
 
@@ -477,6 +477,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 KINDS = ("algorithm", "env", "engine", "reward", "metric", "tracker", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": train.COMMAND,
+    "checkpoints": checkpoints.COMMAND,
+    "replay": replay.COMMAND,
     "report": report.COMMAND,
     "view": view.COMMAND,
     "rollout": Command("Play tasks with the recipe's model and write what happened.", _rollout_arguments, _rollout),
