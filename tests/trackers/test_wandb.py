@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -89,6 +90,9 @@ def test_an_offline_run_is_kept_in_the_folder_and_gone_on_with(tmp_path):
     again.start(TrackedRun(run.dir, "mine", run.recipe, resumed_from=2), seconds=120)
     again.scalars(3, {"reward": 1.5})
     again.finish("failed", seconds=120)
+    deadline = time.monotonic() + 60
+    while not all("exit" in session for session in sessions(run.dir)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # its own process writes, and may do so after `finish`
     first, second = sessions(run.dir)
     assert first["id"] == second["id"] == json.loads((run.dir / "trackers.json").read_text())["wandb"]
     assert (first["project"], first["name"], first["exit"], second["exit"]) == ("p", "mine", 0, 1)
