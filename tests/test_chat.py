@@ -138,9 +138,22 @@ def test_refusals_are_sentences():
     chat = Chat(tokenizer(STRICT))
     with pytest.raises(DataError, match=r"refuses a conversation of \[system, user\]: roles must alternate"):
         chat.start(OPENING)
-    with pytest.raises(DataError, match="no chat template"):
-        Chat(tokenizer(None))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="drops the assistant's reply"):
+    with pytest.raises(DataError, match=r"^my.jinja: the tokenizer has no chat template.* as model.chat_template"):
+        Chat(tokenizer(None), title="my.jinja")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"^the chat template drops the assistant's reply.*model.chat_template"):
         Chat(tokenizer("{{ messages[0]['content'] }}"))
-    with pytest.raises(DataError, match="refuses"):
-        Chat(tokenizer("{% for m in messages %}{{ m.content | nonsense }}{% endfor %}"))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.content | nonsense }}{% endfor %}", "my.jinja, line 1: .*nonsense.*mend"),
+        ("{% for m in messages %}\n{{ m", "my.jinja, line 2: unexpected end of template"),
+        ("{{ 1 / 0 }}", r"my.jinja refuses a conversation of \[user, assistant\]: ZeroDivisionError: division by zero"),
+        ("{{ messages[0].name.first }}", r"my.jinja refuses a conversation of \[user, assistant\]: .*no attribute"),
+        ("{% include 'x' %}", "my.jinja refuses .*no loader"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_what_it_said(template, said):
+    with pytest.raises(DataError, match=f"^{said}"):
+        Chat(tokenizer(template), title="my.jinja")

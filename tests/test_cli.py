@@ -387,7 +387,7 @@ def test_doctor_reports_every_part_and_fails_where_something_is_missing(
     for part in ("python", "torch", "cpu", "bfloat16", "cuda", "memory", "runs", "smollm2-135m", "[wandb]"):
         assert any(line[6:].startswith(part) for line in told.splitlines()), part
     assert not (tmp_path / "new").exists()
-    monkeypatch.setattr("sapwood.models.load.bundled_gguf", lambda name: None)
+    monkeypatch.setattr("sapwood.models.sources.bundled_gguf", lambda name: None)
     monkeypatch.setattr("sapwood.environment.version", lambda name: None if name == "peft" else "1.0")
     assert cli.main(["doctor"]) == 1
     told = capsys.readouterr().out

@@ -120,6 +120,22 @@ def test_a_reward_model_is_measured_by_its_head(model_dir, pairs, tmp_path):
     assert found.results["trained"]["margin"] == pytest.approx(logged[-1]["eval/margin"], abs=1e-5)
 
 
+def test_a_head_that_was_never_trained_is_not_measured(model_dir, pairs):
+    recipe = recipe_for(locate(model_dir), pairs, "reward")
+    with pytest.raises(ModelError, match=r"has no trained scalar head, so its scores would be drawn at random"):
+        run_eval(recipe, data=pairs, base_name="tiny")
+
+
+def test_records_beyond_the_models_context_are_left_out_and_counted(dpo, tmp_path):
+    # A letter is at least a token, and the tiny model's context is 256.
+    long = {"prompt": "z" * 300, "chosen": "the lamp", "rejected": "a room"}
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(pair) + "\n" for pair in [*PAIRS[:3], long]))
+    found = run_eval(dpo, data=other).records
+    assert found is not None
+    assert "dpo: 3 held-out records, 1 dropped for a long prompt" in found.heading
+
+
 def test_any_model_is_measured_on_a_file(model_dir, pairs):
     origin = locate(model_dir)
     found = run_eval(recipe_for(origin, pairs), data=pairs, base_name="tiny").records

@@ -33,19 +33,23 @@ class Chat:
     """Renders conversations with a tokenizer's chat template; the only place where text becomes prompt tokens.
 
     tokenizer: any object with the Hugging Face tokenizer interface (`apply_chat_template`, `__call__`, `decode`,
-    `added_tokens_decoder`, `eos_token_id`). template: a Jinja chat template in place of the tokenizer's own.
-    variables: further variables of the template, such as enable_thinking=False.
+    `added_tokens_decoder`, `eos_token_id`). template: a Jinja chat template in place of the tokenizer's own. title:
+    what errors call the template. variables: further variables of the template, such as enable_thinking=False.
 
     Returned arrays are shared between callers and read-only. Raises DataError where there is no template, or where
     the template refuses a conversation.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, **variables: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, title: str = "the chat template", **variables: Any
+    ) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                "the tokenizer has no chat template; choose an instruction-tuned model or pass a template of your own"
+                f"{title}: the tokenizer has no chat template; choose an instruction-tuned model, or give a Jinja file "
+                "as model.chat_template."
             )
         self._tokenizer = tokenizer
+        self._title = title
         self._template = template
         self._variables = variables
         self._specials = {
@@ -123,7 +127,10 @@ class Chat:
         text = self._render([Message("user", "x"), Message("assistant", _REPLY), *messages], generation_prompt)
         at = text.find(_REPLY)
         if at < 0:
-            raise DataError("the chat template drops the assistant's reply, so it can't hold a conversation of turns")
+            raise DataError(
+                f"{self._title} drops the assistant's reply, so it can't hold a conversation of turns; let it write "
+                "every message, or give another one as model.chat_template."
+            )
         return text[at + len(_REPLY) :]
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -135,11 +142,15 @@ class Chat:
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except jinja2.TemplateSyntaxError as error:
+            said = str(error.message or error).rstrip(".")
+            raise DataError(f"{self._title}, line {error.lineno}: {said}; mend the template.") from error
+        except Exception as error:  # the boundary to a template, which is code that isn't ours
             roles = ", ".join(m.role for m in messages) or "no message"
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             raise DataError(
-                f"the chat template refuses a conversation of [{roles}]: {str(error).rstrip('.')}. "
-                "Change the roles that the environment or data gives, or pass a template of your own."
+                f"{self._title} refuses a conversation of [{roles}]: {kind}{str(error).rstrip('.')}. Change the roles "
+                "that the environment or data gives, or give another template as model.chat_template."
             ) from error
 
     def _conceal(self, message: Message, spelled: list[str]) -> Message:

@@ -25,10 +25,10 @@ from sapwood.data.groups import Grouper
 from sapwood.data.prompts import DataPrompts
 from sapwood.data.section import DataSection
 from sapwood.envs import EnvFamily
-from sapwood.errors import ConfigError, DataError
+from sapwood.errors import ConfigError, DataError, ModelError
 from sapwood.evaluate import EvalResult, EvalTable, MetricTable, Progress
 from sapwood.heldout import HeldOutRecords, HeldOutTasks
-from sapwood.models.load import Policy, find_adapter
+from sapwood.models.load import Policy, called, find_adapter
 from sapwood.models.role import BASE as WITHOUT_ADAPTER
 from sapwood.models.roles import Models
 from sapwood.opening import Head, Origin, build_chat, build_engine, load_policy
@@ -114,7 +114,13 @@ def run_eval(
     table: HeldOutTasks | None = None
     title = ""
     for name, section in sections.items():
-        policy = load_policy(section, world.head, recipe.run.seed)
+        with called("model.name", "--adapter" if paths and section.init_from in paths else "model.init_from"):
+            policy = load_policy(section, world.head, recipe.run.seed)
+        if len(sections) == 1 and world.head == "scalar" and not policy.trained_head:
+            raise ModelError(
+                f"{section.init_from or section.name} has no trained scalar head, so its scores would be drawn at "
+                "random; name a reward model, or a run or adapter of one by --adapter."
+            )
         models = _models(world, policy, section)
         if world.held_out is not None:
             measured = _held_out_records(world, models)
@@ -169,7 +175,8 @@ def _sections(recipe: Recipe, adapters: Sequence[Path], base_name: str) -> dict[
             sections[TRAINED] = bare.model_copy(update={"init_from": begin})
         return sections
     for path in adapters:
-        find_adapter(path.expanduser())  # refuses a wrong path before any weight is loaded
+        with called("--adapter"):
+            find_adapter(path.expanduser())  # refuses a wrong path before any weight is loaded
     sections = {base_name: bare}
     if begin is not None:
         sections[START] = bare.model_copy(update={"init_from": begin})
@@ -227,7 +234,8 @@ def _models(world: _World, policy: Policy, section: ModelSection) -> Models:
         start = recipe.model.init_from
         if own is not None and (own.name or own.init_from):
             wanted = {"name": own.name or recipe.model.name, "init_from": own.init_from, "lora": None}
-            reference = load_policy(recipe.model.model_copy(update=wanted), seed=recipe.run.seed)
+            with called("reference.name", "reference.init_from"):
+                reference = load_policy(recipe.model.model_copy(update=wanted), seed=recipe.run.seed)
         elif section.init_from == start:
             reference = policy
         elif start is None and policy.has_lora:
@@ -242,9 +250,12 @@ def _models(world: _World, policy: Policy, section: ModelSection) -> Models:
 def _held_out_records(world: _World, models: Models) -> HeldOutRecords:
     assert world.held_out is not None
     assert world.recipe.data is not None
-    grouper = Grouper(build_chat(models.policy, world.recipe.model), world.recipe.data)
+    section, context = world.recipe.data, models.policy.max_context
+    within = section.model_copy(update={"max_length": min(section.max_length or context, context)})
+    grouper = Grouper(build_chat(models.policy, world.recipe.model), within)
     groups = held_out_groups(world.held_out, grouper, world.limit)
-    title = f"{world.recipe.algorithm['name']}: {len(groups)} held-out records"
+    counts = "".join(f", {count:,} {what}" for what, count in sorted(grouper.counts.items()))
+    title = f"{world.recipe.algorithm['name']}: {len(groups)} held-out records{counts}"
     return HeldOutRecords(world.algorithm, models, groups, title, each=True)
 
 

