@@ -32,7 +32,10 @@ def arguments(made: argparse.ArgumentParser) -> None:
         help="go on with the run in run.dir, or with the run or checkpoint at PATH",
     )
     made.add_argument("--dry-run", action="store_true", help="check the recipe, print it in full and stop")
-    made.add_argument("--json", action="store_true", help="print a JSON object a step on stdout")
+    made.add_argument(
+        "--plan", action="store_true", help="print parameters, memory by part and estimated time, load nothing and stop"
+    )
+    made.add_argument("--json", action="store_true", help="print a JSON object a step on stdout, or the plan as JSON")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -50,6 +53,8 @@ def run(given: argparse.Namespace) -> int:
 
         print(dump_recipe(recipe), end="")
         return 0
+    if given.plan:
+        return _plan(recipe, given.json)
     resumes = asked if given.resume is not None else _ask(recipe, given.json)
     progress = show_progress(given.json)
     opened, start = _resume(recipe, resumes) if resumes is not None else _create(recipe)
@@ -80,6 +85,17 @@ def run(given: argparse.Namespace) -> int:
 
 
 COMMAND = Command("Train a model by a recipe, into a new run folder.", arguments, run)
+
+
+def _plan(recipe: Recipe, as_json: bool) -> int:
+    """What the run would need; 1 where that doesn't fit."""
+    with show_progress() as progress:
+        from sapwood.plan import plan
+        from sapwood.plan.show import show
+
+        made = plan(recipe, progress)
+    show(made, recipe, as_json=as_json)
+    return 1 if made.fits == "no" else 0
 
 
 def _recipe(given: argparse.Namespace) -> tuple[Recipe, Path]:

@@ -1,0 +1,133 @@
+"""`plan`: from a recipe to what its run needs, whether that fits, and what to change where it doesn't."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from sapwood.config import Recipe
+from sapwood.models.load import outlines, pick_device
+from sapwood.parts import Parts, build
+from sapwood.plan.machine import Room, resident, room
+from sapwood.plan.memory import Memory, Parameters, Sizes, passes_of, sizes
+from sapwood.plan.passes import Pass, Passes
+from sapwood.plan.timing import Time, estimate
+from sapwood.plan.workload import Workload, nodes, workload
+from sapwood.progress import Progress
+
+#: An estimate within this share of the room may be wrong either way.
+MARGIN = 0.15
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A run's parts without weights, and what was found out about them."""
+
+    recipe: Recipe
+    parts: Parts
+    work: Workload
+    sizes: Sizes
+    found: Mapping[str, Pass]
+
+    @staticmethod
+    def of(recipe: Recipe, progress: Progress | None = None) -> Survey:
+        """Build them. Raises SapwoodError as `sapwood train` would."""
+        with outlines():
+            parts = build(recipe, recipe.run.dir, progress or Progress(stream=io.StringIO()))
+            return Survey.made(recipe, parts, resident())
+
+    @staticmethod
+    def made(recipe: Recipe, parts: Parts, runtime: int) -> Survey:
+        """What a recipe makes of parts that are there already. runtime: bytes of the process before any weight."""
+        with outlines():
+            device = pick_device(recipe.model.device).type
+            work = workload(recipe, parts)
+            found = passes_of(parts, work, Passes(parts.models, device))
+            return Survey(recipe, parts, work, sizes(recipe, parts, work, device, runtime), found)
+
+    @property
+    def memory(self) -> Memory:
+        """Parts by phase, as far as the samples tell."""
+        return self.sizes.memory(self.found)
+
+    @property
+    def at_most(self) -> int:
+        """Bytes at the peak where replies or records get as long as they may."""
+        largest = nodes(self.work.largest) if self.work.largest else 0
+        stretch = max(self.work.at_most / largest, 1.0) if largest else 1.0
+        return self.sizes.memory(self.found, stretch).peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. at_most: bytes at the peak where replies or records get as long as they may; room: what there
+    is, or None where the system doesn't say; time: None on a GPU, and where it wasn't asked for.
+
+    tokens: distinct ones of micro-batches (typical, largest, at most, budget). advice: sentences, where it doesn't fit.
+    """
+
+    device: str
+    parameters: Parameters
+    memory: Memory
+    at_most: int
+    room: Room | None
+    tokens: Mapping[str, int]
+    time: Time | None = None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> Literal["yes", "maybe", "no", "unknown"]:
+        """Whether the memory is there; maybe: the longest replies or records, or the plan's own error, decide."""
+        if self.room is None:
+            return "unknown"
+        if self.memory.peak > self.room.bytes:
+            return "no"
+        return "yes" if max(self.at_most, (1 + MARGIN) * self.memory.peak) <= self.room.bytes else "maybe"
+
+
+def plan(recipe: Recipe, progress: Progress | None = None, *, timed: bool = True, space: Room | None = None) -> Plan:
+    """Plan a run. timed: measure this CPU for a second or two to tell the time; space: the memory that there is, in
+    place of this machine's. Raises SapwoodError as `sapwood train` would, before it loads a weight."""
+    from sapwood.plan.advice import advise
+
+    survey = Survey.of(recipe, progress)
+    device = pick_device(recipe.model.device)
+    made = of_survey(survey, space or room(device))
+    if made.fits in ("no", "maybe"):
+        made = replace(made, advice=advise(survey, made))
+    if timed and device.type == "cpu" and survey.work.largest:
+        made = replace(made, time=estimate(recipe, survey.parts, survey.work, survey.found))
+    return made
+
+
+def of_survey(survey: Survey, space: Room | None) -> Plan:
+    """A plan without time and advice."""
+    typical = [nodes(micro) for update in survey.work.typical.updates for micro in update]
+    tokens = {
+        "typical": max(typical, default=0),
+        "largest": nodes(survey.work.largest) if survey.work.largest else 0,
+        "at_most": survey.work.at_most,
+        "budget": survey.recipe.optim.token_budget,
+    }
+    device = survey.sizes.device
+    return Plan(device, Parameters.of(survey.parts), survey.memory, survey.at_most, space, tokens)
+
+
+def warning(recipe: Recipe) -> str | None:
+    """One line where a run's plan clearly doesn't fit this machine's memory, else None; nothing is timed.
+
+    For `sapwood train`, before it loads a weight: what a CPU's memory can't hold ends with the kernel's killer, which
+    leaves no message. Costs what building the parts without weights costs.
+    """
+    if pick_device(recipe.model.device) != torch.device("cpu"):
+        return None
+    made = of_survey(Survey.of(recipe), room(torch.device("cpu")))
+    if made.fits != "no":
+        return None
+    from sapwood.plan.show import needs
+
+    return f"{needs(made)}; the kernel may end the run. `sapwood train ... --plan` says what to change."
