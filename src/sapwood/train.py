@@ -114,6 +114,7 @@ class Trainer:
     _saved_step: int = -1
     _saved_at: float = field(default_factory=time.monotonic)
     _waiting: bool = False
+    _waited: float = 0.0
 
     def __post_init__(self) -> None:
         parts = self.parts
@@ -190,6 +191,7 @@ class Trainer:
         for note in self.parts.notes:
             self.progress.note(note)
         self.log.event("resume" if self.done else "start", f"{steps - self.done} steps to make", self.done)
+        self._tell_trackers()
         if self.done == 0:
             with self._stopping.interruptible():
                 self._evaluate_start()
@@ -241,8 +243,10 @@ class Trainer:
                 self._set_watchers(watchers)  # they see this step again on resuming
                 raise
         self.log.log_metrics(step, metrics)
-        self.log.log_timing(step, timing)
+        waited, self._waited = writer.stalled - self._waited, writer.stalled
+        self.log.log_timing(step, {**timing, "checkpoint_seconds": waited})
         self.progress.step(step, metrics, timing)
+        self._tell_trackers()
         alarm = self._warn(step, metrics)
         self.pending, self._last, self._kept = None, metrics, None
         if last:
@@ -276,6 +280,11 @@ class Trainer:
         )
         # One without its evaluation is written again once that is made.
         self._saved_at, self._saved_step = time.monotonic(), self.done if self.pending is None else -1
+        self.log.plot_soon()
+
+    def _tell_trackers(self) -> None:
+        for note in self.log.notes():
+            self.progress.note(note)
 
     def _stop(self, writer: checkpoint.Writer) -> Stopped:
         """Save as things stand, and say so."""
