@@ -124,6 +124,7 @@ _SECONDS = Panel(
         ("timing/sampling_seconds", "sampling"),
         ("timing/learning_seconds", "learning"),
         ("timing/loading_seconds", "loading"),
+        ("timing/checkpoint_seconds", "saving"),
     ),
     stacked=True,
 )

@@ -60,6 +60,7 @@ class Run:
         self._handler: logging.Handler | None = None
         self._lock: io.FileIO | None = None
         self._trackers = Trackers(())
+        self._notes: list[str] = []
         self._ended: str | None = None
         self._plots = threading.Lock()
         self._plotting: threading.Thread | None = None
@@ -171,7 +172,8 @@ class Run:
             status = "stopped" if self._ended in ("stop", "start", "resume") else "finished"
         # A run that is stopped has to end within seconds; a finished one can let its trackers send what waits.
         self._trackers.finish(status, FINISH_SECONDS if status == "finished" else STOP_SECONDS)
-        for note in self.notes():
+        self._notes += self._trackers.notes()
+        for note in self._notes:
             logger.warning("%s", note)
         for file in self._files.values():
             with writing(self.dir):
@@ -211,8 +213,12 @@ class Run:
         self._trackers.scalars(step, record, prefix="timing/")
 
     def notes(self) -> list[str]:
-        """What there is to tell the user about trackers since the last time: where to look, what failed."""
-        return self._trackers.notes()
+        """What there is to tell the user about trackers since the last time: where to look, what failed.
+
+        After `close` too, which may find out about the last ones.
+        """
+        found, self._notes = [*self._notes, *self._trackers.notes()], []
+        return found
 
     def warn(self, record: Mapping[str, Any]) -> None:
         """Append what a guard found (step, name, message, remedies, metrics) to warnings.jsonl."""

@@ -46,7 +46,7 @@ class Tracker(BaseModel, ABC):
     several calls. Whatever they raise is told once, tried again, and then given up. Values are finite.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

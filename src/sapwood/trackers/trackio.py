@@ -59,6 +59,7 @@ class Trackio(Tracker):
 
     def start(self, run: TrackedRun) -> str:
         """Begin a run, or go on with the one of its name."""
+        import matplotlib.figure  # noqa: F401  (trackio looks whether it is loaded: not while another thread does so)
         import trackio  # pyright: ignore[reportMissingImports]
 
         # Hardware isn't measured: it would run in this process, in a thread of its own.
