@@ -24,6 +24,7 @@ demo: .venv/.installed
 		$(BIN)/sapwood train recipes/hvac_demo.yaml run.dir=runs/hvac-demo-$$n
 
 test: .venv/.installed
+	@bash scripts/install_chromium.sh
 	$(TEST_ENV) $(BIN)/pytest -m "not slow and not gpu" -n 2
 
 test-slow: .venv/.installed
