@@ -161,17 +161,22 @@ class Browser:
 
 
 class Page:
-    """A page. requests, dialogs, errors, refused: everything it did since it was made."""
+    """A page. dialogs, errors, refused: what it did since it was made."""
 
     def __init__(self, browser: Browser, session: str, target: str) -> None:
         self.browser = browser
-        self.requests: list[str] = []
+        self._asked: dict[str, str] = {}
         self.dialogs: list[str] = []
         self.errors: list[str] = []
         self.refused: list[str] = []
         self._session = session
         self._target = target
         self._loaded = False
+
+    @property
+    def requests(self) -> list[str]:
+        """Addresses that were asked for; those that the policy refused were not."""
+        return list(self._asked.values())
 
     def ask(self, method: str, timeout: float = 60, **params: Any) -> dict[str, Any]:
         """A command to this page."""
@@ -184,7 +189,9 @@ class Page:
     def take(self, event: str, params: dict[str, Any]) -> None:
         """An event of the protocol."""
         if event == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
+            self._asked[params["requestId"]] = params["request"]["url"]
+        elif event == "Network.loadingFailed" and params.get("blockedReason"):
+            self._asked.pop(params["requestId"], None)
         elif event == "Page.javascriptDialogOpening":
             self.dialogs.append(params["message"])
             self.browser._send(
@@ -239,12 +246,12 @@ class Page:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return answer["result"].get("value")
 
-    def until(self, expression: str, timeout: float = 20) -> Any:
-        """Wait until an expression is true; its value. Raises TimeoutError."""
+    def until(self, expression: str, timeout: float = 20) -> None:
+        """Wait until an expression is true. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            if found := self.js(expression):
-                return found
+            if self.js(f"Boolean({expression})"):
+                return
             self.browser.wait(0.03)
         raise TimeoutError(f"never true: {expression}")
 

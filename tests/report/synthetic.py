@@ -257,6 +257,9 @@ def _events(last: int, shape: Shape) -> list[dict[str, Any]]:
         time = (START + timedelta(seconds=8 * step)).isoformat()
         return {"time": time, "step": step, "kind": kind, "message": shape.text or message}
 
+    if shape.text:
+        return [{"time": shape.text, "step": 1, "kind": shape.text, "message": shape.text}, event(last, "finish", "")]
+
     found = [event(0, "start", f"{shape.steps} steps")]
     found += [event(step, "checkpoint", f"checkpoints/step_{step:06d}") for step in range(20, last + 1, 20)]
     if last > 30:
@@ -339,7 +342,7 @@ def _trajectory(
         group=group,
         member=member,
         messages=[
-            {"role": "system", "content": told or "You run the heating and cooling of a small office."},
+            {"role": told or "system", "content": told or "You run the heating and cooling of a small office."},
             {"role": "user", "content": told or f"It is {hour}:00. The zone is at 27.4 C, outside 34.1 C. What power?"},
         ],
         answer=told if told else None,

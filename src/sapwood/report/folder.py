@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,21 @@ from sapwood.report.names import HEADLINES, place
 from sapwood.report.reading import Problems, Tail, finite, read_json, read_yaml, shorter, whole
 from sapwood.report.recipes import flatten, options
 from sapwood.report.samples import SampleFile, list_samples
-from sapwood.report.series import Series, longest_seconds, seconds_by_step
+from sapwood.report.series import Series, clock, longest_seconds
 from sapwood.report.status import lock_held, status_of
 
 #: Warnings and events in the page; further ones are counted.
 ENTRIES = 3000
 _MARKS = ("recipe.yaml", "metrics.jsonl", "samples")
+_READ = (
+    "recipe.yaml",
+    "environment.json",
+    "evaluation.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "warnings.jsonl",
+    "events.jsonl",
+)
 
 
 class RunFolder:
@@ -44,6 +54,11 @@ class RunFolder:
             name: (Tail(self.folder, f"{name}.jsonl"), []) for name in ("warnings", "events")
         }
 
+        self.version = 0  # goes up with every state that is another
+        self._stamped: Any = None
+        self._whole: dict[str, Any] | None = None
+        self._vital: tuple[Any, ...] = ()
+
     @property
     def name(self) -> str:
         """What the page calls it."""
@@ -55,9 +70,31 @@ class RunFolder:
 
     def state(self, final: bool = False) -> dict[str, Any]:
         """Everything but the samples. final: nobody watches, so a line cut short is a finding and not on its way."""
-        problems = Problems()
         if self.bare:
-            return self._bare_state(problems)
+            return _bare_state(self.name, self.path)
+        stamp = self._stamp()
+        if self._whole is None or stamp != self._stamped:
+            self._stamped = stamp
+            self.version += 1
+            self._whole, self._vital = self._read(final)
+        # A run can die without writing anything, so this is asked again every time.
+        status = status_of(*self._vital, quiet=self._quiet(), held=lock_held(self.folder))
+        return self._whole | {"status": {"state": status.state, "detail": status.detail}}
+
+    def _stamp(self) -> Any:
+        """What changes where any file but a sample does."""
+        found: list[Any] = []
+        for name in _READ:
+            try:
+                status = os.stat(self.folder / name)
+                found.append((status.st_size, status.st_mtime_ns, status.st_ino))
+            except OSError:
+                found.append(None)
+        return found, _steps_of_folders(self.folder / "checkpoints"), sorted(_folders(self.folder / "evidence"))[:200]
+
+    def _read(self, final: bool) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """(the state without its status, what the status is told from)."""
+        problems = Problems()
         for tail, series in self._series.values():
             again, records = tail.read()
             if again:
@@ -76,69 +113,40 @@ class RunFolder:
         events = _events(self._lists["events"][1])
         metrics, timing = self._series["metrics"][1], self._series["timing"][1]
         done, total = metrics.last_step, _steps(recipe, metrics)
-        longest = longest_seconds(timing)
-        quiet = self._quiet()
         finished = any(value is not None for value in evaluated.values())
-        status = status_of(events, done, total, finished, quiet, longest, lock_held(self.folder))
         self._tell(problems, final)
-        return {
+        state = {
+            **_BLANK,
             "name": self.name,
             "path": str(self.path),
-            "status": {"state": status.state, "detail": status.detail},
             "done": done,
             "total": total,
             "what": _what(recipe),
             "facts": _facts(environment),
             "headline": _headline(metrics, evaluated),
             "curves": _curves(metrics, timing),
-            "clock": dict(zip(("x", "y"), seconds_by_step(timing), strict=True)),
+            "clock": clock(timing),
             "evaluation": evaluated,
             "recipe": options(recipe),
             "environment": flatten(environment) if isinstance(environment, Mapping) else [],
             "warnings": _warnings(self._lists["warnings"][1]),
             "events": events[-ENTRIES:],
             "counts": {"warnings": len(self._lists["warnings"][1]), "events": len(events)},
-            "checkpoints": _steps_of_folders(self.folder / "checkpoints"),
-            "evidence": sorted(_folders(self.folder / "evidence"))[:200],
+            "checkpoints": self._stamped[1],
+            "evidence": self._stamped[2],
             "problems": problems.told(),
         }
-
-    def _bare_state(self, problems: Problems) -> dict[str, Any]:
-        self.samples(problems)
-        return {
-            "name": self.name,
-            "path": str(self.path),
-            "status": {"state": "file", "detail": "A file of trajectories, without a run."},
-            "done": None,
-            "total": None,
-            "what": {"algorithm": "", "model": "", "world": "", "start": ""},
-            "facts": [],
-            "headline": None,
-            "curves": [],
-            "clock": {"x": [], "y": []},
-            "evaluation": {"returns": None, "held_out": None},
-            "recipe": [],
-            "environment": [],
-            "warnings": [],
-            "events": [],
-            "counts": {"warnings": 0, "events": 0},
-            "checkpoints": [],
-            "evidence": [],
-            "problems": problems.told(),
-        }
+        return state, (events, done, total, finished, longest_seconds(timing))
 
     def _tell(self, problems: Problems, final: bool) -> None:
         for name, (tail, series) in self._series.items():
             if series.bad_records:
-                problems.add(f"{name}.jsonl: {series.bad_records:,} records have no step; left out.")
-            for metric, count in sorted(series.bad_values.items())[:10]:
-                problems.add(
-                    f"{name}.jsonl: {metric} is not a finite number {count:,} times; its curve has gaps there."
-                )
+                problems.add(f"{name}.jsonl: records without a step: {series.bad_records:,}; left out.")
+            for metric, times in sorted(series.bad_values.items())[:10]:
+                problems.add(f"{name}.jsonl: {metric} is not a finite number in {times:,} places; its curve has gaps.")
             if series.left_out:
-                problems.add(
-                    f"{name}.jsonl: {len(series.left_out):,} metrics are too many or too long in name; left out."
-                )
+                many = len(series.left_out)
+                problems.add(f"{name}.jsonl: metrics that are too many, or too long in name: {many:,}; left out.")
             self._tell_of_tail(problems, tail, final)
         for tail, _ in self._lists.values():
             self._tell_of_tail(problems, tail, final)
@@ -153,8 +161,7 @@ class RunFolder:
 
     def _quiet(self) -> float | None:
         """Seconds since anything was written."""
-        names = ("metrics.jsonl", "timing.jsonl", "events.jsonl", "warnings.jsonl", "samples", "checkpoints", "logs")
-        paths = [self.folder / name for name in (*names, "recipe.yaml")]
+        paths = [self.folder / name for name in (*_READ, "samples", "checkpoints", "logs")]
         paths += list((self.folder / "logs").glob("*.log"))[:1000]
         moments = []
         for path in paths:
@@ -163,6 +170,32 @@ class RunFolder:
             except OSError:
                 continue
         return max(0.0, time.time() - max(moments)) if moments else None
+
+
+#: The state of a run of which nothing is known.
+_BLANK: dict[str, Any] = {
+    "done": None,
+    "total": None,
+    "what": {"algorithm": "", "model": "", "world": "", "start": ""},
+    "facts": [],
+    "headline": None,
+    "curves": [],
+    "clock": {"x": [], "y": []},
+    "evaluation": {"returns": None, "held_out": None},
+    "recipe": [],
+    "environment": [],
+    "warnings": [],
+    "events": [],
+    "counts": {"warnings": 0, "events": 0},
+    "checkpoints": [],
+    "evidence": [],
+    "problems": [],
+}
+
+
+def _bare_state(name: str, path: Path) -> dict[str, Any]:
+    status = {"state": "file", "detail": "A file of trajectories, without a run."}
+    return {**_BLANK, "name": name, "path": str(path), "status": status}
 
 
 def _nearest(path: Path) -> str:
@@ -182,9 +215,10 @@ def _steps(recipe: Mapping[str, Any], metrics: Series) -> int | None:
     steps, epochs = whole(run.get("steps")), finite(run.get("epochs"))
     if steps is not None and steps > 0:
         return steps
-    at, seen = metrics.column("epoch")
-    if epochs and at and seen[-1]:
-        return max(at[-1], round(epochs * at[-1] / (seen[-1] or 1.0)))
+    seen = metrics.points("epoch")
+    if epochs and seen and seen[-1][1] > 0:
+        step, epoch = seen[-1]
+        return max(step, round(epochs * step / epoch))
     return None
 
 
@@ -250,10 +284,10 @@ def _facts(environment: Any) -> list[list[str]]:
 
 def _headline(metrics: Series, evaluated: Mapping[str, Any]) -> dict[str, Any] | None:
     """The held-out figure that says how good the model is: before training, best, last, with intervals where known."""
-    name, more = next(((n, up) for n, up in HEADLINES if n in metrics.columns), (None, True))
+    name, more = next(((n, up) for n, up in HEADLINES if n in metrics.names), (None, True))
     if name is None:
         return None
-    points = [(s, v) for s, v in zip(*metrics.column(name), strict=True) if v is not None]
+    points = metrics.points(name)
     if not points:
         return None
     trained = [point for point in points if point[0] > 0]
@@ -293,8 +327,7 @@ def _curves(metrics: Series, timing: Series) -> list[dict[str, Any]]:
     found = []
     for series, speed in ((metrics, False), (timing, True)):
         for curve in series.curves():
-            where = place(curve["name"], speed)
-            found.append({**curve, "group": where.group, "title": where.title, "rank": where.rank})
+            found.append({**curve, **asdict(place(curve["name"], speed))})
     return found
 
 

@@ -1,8 +1,13 @@
-"""Where a metric stands in the page, and what it is called there. Unknown names are shown under their own."""
+"""Where a metric stands in the page, what it is called there and what it means.
+
+Meanings and units are those of `sapwood.metricnames`; a name that nobody knows is shown as it is.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from sapwood.metricnames import described
 
 GROUPS = (
     "Reward and return",
@@ -41,24 +46,31 @@ _KNOWN: dict[str, dict[str, str]] = {
     "Loss": {
         "loss": "Loss",
         "policy_loss": "Policy loss",
+        "preference_loss": "Preference loss",
         "nll": "Negative log-likelihood",
         "perplexity": "Perplexity",
     },
     "Policy health": {
-        "entropy": "Entropy, nats a token",
-        "kl": "KL to the reference, nats a token",
+        "entropy": "Entropy",
+        "entropy_coef": "Entropy coefficient",
+        "kl": "KL to the reference",
         "kl_coef": "KL coefficient",
         "kl_penalty": "KL penalty",
-        "approx_kl": "KL of the update, nats a token",
+        "approx_kl": "KL of the update",
         "js": "Jensen-Shannon term",
         "ratio": "Probability ratio",
         "clip_range": "Clip range",
-        "clip_fraction_low": "Clipped below, share of tokens",
-        "clip_fraction_high": "Clipped above, share of tokens",
-        "clip_fraction_dual": "Clipped twice, share of tokens",
+        "clip_fraction_low": "Clipped below",
+        "clip_fraction_high": "Clipped above",
+        "clip_fraction_dual": "Clipped twice",
         "gap_k1": "Sampler-trainer gap (k1)",
         "gap_k3": "Sampler-trainer gap (k3)",
         "gap_weight": "Gap correction, mean weight",
+        "cut_share": "Replies cut at the token limit",
+        "parse_failed_share": "Replies not parsed",
+        "fallback_share": "Fallback actions",
+        "distinct_replies": "Attempts that differ",
+        "distinct_2": "Distinct pairs of tokens",
         "parsed": "Replies parsed",
         "fallback": "Fallback actions",
         "advantages": "Advantages, mean",
@@ -68,7 +80,7 @@ _KNOWN: dict[str, dict[str, str]] = {
         "value_loss": "Value loss",
         "values": "Values, mean",
         "explained_variance": "Explained variance",
-        "value_clip_fraction": "Values clipped, share of tokens",
+        "value_clip_fraction": "Values clipped",
     },
     "Preference": {
         "accuracy": "Preference accuracy",
@@ -77,7 +89,8 @@ _KNOWN: dict[str, dict[str, str]] = {
         "reward_rejected": "Reward of the rejected",
         "logprob_chosen": "Log-probability of the chosen",
         "logprob_rejected": "Log-probability of the rejected",
-        "desirable_share": "Desirable records, share",
+        "nll_chosen": "Negative log-likelihood of the chosen",
+        "desirable_share": "Desirable records",
     },
     "Optimiser": {
         "learning_rate": "Learning rate",
@@ -85,27 +98,27 @@ _KNOWN: dict[str, dict[str, str]] = {
         "grad_norm": "Gradient norm",
         "updates": "Updates a step",
         "loss_scale": "Loss scale",
-        "skipped": "Updates left out",
+        "skipped_updates": "Updates left out",
     },
     "Data": {
-        "reply_tokens": "Reply length, tokens",
+        "reply_tokens": "Reply length",
         "epoch": "Epoch",
         "trajectories": "Trajectories",
-        "failed_share": "Failed episodes, share",
-        "truncated_share": "Truncated episodes, share",
+        "failed_share": "Failed episodes",
+        "truncated_share": "Truncated episodes",
         "dropped_records": "Records left out",
-        "incomplete_share": "Incomplete records, share",
+        "incomplete_share": "Incomplete records",
     },
     "Speed": {
         "tokens_per_second": "Tokens a second",
         "trained_tokens_per_second": "Trained tokens a second",
         "sampled_tokens": "Sampled tokens",
         "tokens": "Tokens",
-        "sampling_seconds": "Sampling, seconds",
-        "learning_seconds": "Learning, seconds",
-        "loading_seconds": "Loading, seconds",
-        "evaluation_seconds": "Evaluation, seconds",
-        "checkpoint_seconds": "Checkpoint, seconds",
+        "sampling_seconds": "Sampling",
+        "learning_seconds": "Learning",
+        "loading_seconds": "Loading",
+        "evaluation_seconds": "Evaluation",
+        "checkpoint_seconds": "Waiting for checkpoints",
     },
 }
 _BY_NAME = {name: (group, title) for group, known in _KNOWN.items() for name, title in known.items()}
@@ -137,23 +150,31 @@ _HINTS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """group: one of GROUPS; title: for people; rank: order within the group."""
+    """group: one of GROUPS; title: for people; rank: order within the group; unit, meaning, healthy: "" if unknown."""
 
     group: str
     title: str
     rank: int
+    unit: str = ""
+    meaning: str = ""
+    healthy: str = ""
 
 
 def place(name: str, speed: bool = False) -> Place:
     """Where a metric belongs; "eval/X" belongs with X. speed: it comes from timing.jsonl."""
-    bare = name.removeprefix("eval/")
+    group, title, rank = _standing(name.removeprefix("eval/"))
+    info = described(name)
+    if info is None:
+        return Place("Speed" if speed else group, title, rank)
+    unit = info.unit.partition(";")[0].replace("^2", "\u00b2")
+    return Place("Speed" if speed else group, title, rank, "" if unit == "-" else unit, info.meaning, info.healthy)
+
+
+def _standing(bare: str) -> tuple[str, str, int]:
+    """(group, title, rank) of a name without "eval/"."""
     if bare in _BY_NAME:
-        group, title = _BY_NAME[bare]
-        return Place("Speed" if speed else group, title, list(_BY_NAME).index(bare))
+        return *_BY_NAME[bare], list(_BY_NAME).index(bare)
     if bare.startswith("reward/"):
-        return Place("Reward and return", f"Reward part {bare.removeprefix('reward/')}", len(_BY_NAME))
-    if speed:
-        return Place("Speed", bare, len(_BY_NAME))
-    lower = bare.lower()
-    group = next((group for hint, group in _HINTS if hint in lower), "Other")
-    return Place(group, bare, len(_BY_NAME) + 1)
+        return "Reward and return", f"Reward part {bare.removeprefix('reward/')}", len(_BY_NAME)
+    group = next((group for hint, group in _HINTS if hint in bare.lower()), "Other")
+    return group, bare, len(_BY_NAME) + 1

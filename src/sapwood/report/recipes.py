@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def _defaults(recipe: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+@cache
 def algorithm_defaults(name: str) -> dict[str, Any]:
     """Defaults of a built-in algorithm's options that are plain values; {} for any other."""
     package = importlib.util.find_spec("sapwood.algorithms")
@@ -127,6 +129,8 @@ def _class_defaults(folder: Path, file: str, name: str, depth: int) -> dict[str,
             found |= _class_defaults(folder, file, base_name, depth + 1)
     for node in home.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            if ast.unparse(node.annotation).startswith("ClassVar"):
+                continue
             value = _literal(node.value)
             if value is _UNKNOWN:
                 found.pop(node.target.id, None)

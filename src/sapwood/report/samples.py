@@ -26,6 +26,7 @@ SNIPPET = 96
 
 PARSE_FAILED, FALLBACK, ERROR, TRUNCATED, CUT = 1, 2, 4, 8, 16
 _FILE = re.compile(r"(step|eval)_(\d{1,15})\.jsonl(\.gz)?")
+_COMPACT = (",", ":")
 _NUMBERS = ("advantages", "ratios", "logprobs", "sampled_logprobs")
 
 
@@ -79,8 +80,11 @@ def list_samples(path: Path, problems: Problems) -> list[SampleFile]:
     """The sample files of a run folder, or the one bare file; held-out ones first, each kind by step."""
     if path.is_file():
         return [SampleFile(path, "file", 0)]
-    folder = path / "samples"
+    folder, home = path / "samples", path.resolve()
     found: list[SampleFile] = []
+    if folder.is_symlink() and not folder.resolve().is_relative_to(home):
+        problems.add("samples: a link that leads out of the run folder; left out.")
+        return []
     try:
         names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
@@ -91,7 +95,7 @@ def list_samples(path: Path, problems: Problems) -> list[SampleFile]:
         if match is None:
             continue
         at = folder / name
-        if not at.is_file() or not at.resolve().is_relative_to(path.resolve()):
+        if not at.is_file() or (at.is_symlink() and not at.resolve().is_relative_to(home)):
             problems.add(f"samples/{name}: not a plain file of this run; left out.")
             continue
         found.append(SampleFile(at, match[1], int(match[2])))
@@ -154,7 +158,7 @@ class _Waiting:
     """A chunk in the making. strings: every text once, by number, as prompts repeat within a group."""
 
     texts: list[Any] = field(default_factory=list)
-    tokens: list[Any] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     strings: dict[str, int] = field(default_factory=dict)
     characters: int = 0
 
@@ -164,7 +168,7 @@ class _Waiting:
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.texts.append(_texts(record, self._refer))
-        self.tokens.append([_tokens(turn) for turn in _turns(record)])
+        self.tokens.append("[" + ",".join(_tokens(turn) for turn in _turns(record)) + "]")
 
     def _refer(self, value: Any) -> int:
         text = _text(value)
@@ -175,8 +179,8 @@ class _Waiting:
 
     def close(self, rows: int) -> Chunk:
         first = rows - len(self.texts)
-        texts = _gzip({"strings": list(self.strings), "records": self.texts})
-        tokens = _gzip(self.tokens)
+        texts = _gzip(json.dumps({"strings": list(self.strings), "records": self.texts}, separators=_COMPACT))
+        tokens = _gzip("[" + ",".join(self.tokens) + "]")
         self.texts, self.tokens, self.strings, self.characters = [], [], {}, 0
         return Chunk(first, texts, tokens)
 
@@ -244,20 +248,31 @@ def _turn(turn: Mapping[str, Any], refer: Any) -> dict[str, Any]:
     }
 
 
-def _tokens(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """Texts, ids and numbers of a reply's tokens; a column that is absent, or of another length, is left out."""
+def _tokens(turn: Mapping[str, Any]) -> str:
+    """Texts, ids and numbers of a reply's tokens as JSON, without columns that are absent or of another length."""
     length = _length(turn)
-    found: dict[str, Any] = {"count": length}
+    parts = [f'"count":{length}']
     pieces, ids = turn.get("tokens"), turn.get("token_ids")
     if isinstance(pieces, list) and len(pieces) == length:
-        found["tokens"] = [_text(piece) for piece in pieces[:TOKENS]]
+        parts.append(f'"tokens":{json.dumps([_text(piece) for piece in pieces[:TOKENS]], separators=_COMPACT)}')
     if isinstance(ids, list) and len(ids) == length:
-        found["ids"] = [whole(i) for i in ids[:TOKENS]]
+        parts.append(f'"ids":{json.dumps([whole(i) for i in ids[:TOKENS]], separators=_COMPACT)}')
     for name in _NUMBERS:
         column = turn.get(name)
         if isinstance(column, list) and len(column) == length and length:
-            found[name] = [shorter(finite(value), 4) for value in column[:TOKENS]]
-    return found
+            parts.append(f'"{name}":[{_numbers(column[:TOKENS])}]')
+    return "{" + ",".join(parts) + "}"
+
+
+def _numbers(column: list[Any]) -> str:
+    """Numbers with four digits, as the inside of a JSON array; what isn't a finite number is null."""
+    try:
+        text = ("%.4g," * len(column) % tuple(column))[:-1]  # many times faster than one by one
+    except (TypeError, ValueError, OverflowError):
+        text = "nan"
+    if "n" not in text:
+        return text
+    return json.dumps([shorter(finite(value), 4) for value in column], separators=_COMPACT)[1:-1]
 
 
 def _length(turn: Mapping[str, Any]) -> int:
@@ -290,9 +305,9 @@ def _text(value: Any) -> str:
     return text if len(text) <= TEXT else f"{text[:TEXT]}... (cut here: {len(text):,} characters in the file)"
 
 
-def _gzip(data: Any) -> bytes:
-    # ASCII keeps lone surrogates, which UTF-8 has no bytes for.
-    return gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode("ascii"), 6, mtime=0)
+def _gzip(text: str) -> bytes:
+    # JSON in ASCII keeps lone surrogates, which UTF-8 has no bytes for.
+    return gzip.compress(text.encode("ascii"), 6, mtime=0)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ for by number and by name from its own lists; no part of a request ever becomes 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -39,6 +39,8 @@ class Library:
         self._folders = list(folders)
         self._most = max_samples
         self._lock = threading.Lock()
+        self._start = secrets.token_hex(4)  # a page that outlives this server must not take an old mark for a new one
+        self._marks: dict[int, tuple[Any, int]] = {}
         self._packed: OrderedDict[tuple[int, str, int, int], Packed] = OrderedDict()
 
     def empty(self) -> dict[str, Any]:
@@ -49,12 +51,21 @@ class Library:
         """The report; a run whose mark is `known` is given as null."""
         with self._lock:
             report = envelope(self._folders, live=True)
-            for folder in self._folders:
+            for number, folder in enumerate(self._folders):
                 state = folder.state()
                 state["samples"] = self._listing(folder)
-                mark = _mark(state)
+                mark = self._mark(number, state)
                 report["runs"].append(None if mark in known else state | {"mark": mark})
             return report
+
+    def _mark(self, run: int, state: dict[str, Any]) -> str:
+        """A short name of a state, other than that of any state before it."""
+        here = (self._folders[run].version, state["status"]["state"], state["samples"])
+        before, number = self._marks.get(run, (None, 0))
+        if here != before:
+            number += 1
+            self._marks[run] = (here, number)
+        return f"{self._start}-{run}-{number}"
 
     def _listing(self, folder: RunFolder) -> dict[str, Any]:
         files = folder.samples()
@@ -114,12 +125,6 @@ def _stamp(file: SampleFile) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
-
-
-def _mark(state: dict[str, Any]) -> str:
-    """A short name of a state; the seconds in its status don't count."""
-    still = state | {"status": state["status"]["state"]}
-    return hashlib.sha256(json.dumps(still, sort_keys=True).encode("ascii")).hexdigest()[:16]
 
 
 class Server:

@@ -26,14 +26,15 @@ def status_of(
     done: int | None,
     total: int | None,
     evaluated: bool,
-    quiet: float | None,
     longest: float,
+    *,
+    quiet: float | None,
     held: bool | None = None,
 ) -> Status:
     """The status of a run.
 
-    done, total: steps; evaluated: whether the final evaluation is there; quiet: seconds since anything was written,
-    None where nothing was; longest: seconds of the longest step; held: whether a process holds the run's lock, None
+    done, total: steps; evaluated: whether the final evaluation is there; longest: seconds of the longest step; quiet:
+    seconds since anything was written, None where nothing was; held: whether a process holds the run's lock, None
     where that can't be told.
     """
     if held:

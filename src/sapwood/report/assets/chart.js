@@ -228,10 +228,9 @@ export class Chart {
         svg("text", { class: "tick", x: left - 6, y: y + 3.5, "text-anchor": "end" }, tickLabel(value, rows)),
       );
     }
-    const columns = ticks(...this.xs, Math.min(10, width / 90));
+    const columns = ticks(...this.xs, Math.min(10, width / 90)).filter((value) => view.axis === "time" || Number.isInteger(value));
     columns.forEach((value) => {
       const x = this.px(value);
-      if (view.axis === "step" && !Number.isInteger(value)) return;
       const text = view.axis === "time" ? duration(value) : tickLabel(value, columns);
       const anchor = x > right - 14 ? "end" : x < left + 14 ? "start" : "middle";
       picture.append(svg("text", { class: "tick", x, y: bottom + 16, "text-anchor": anchor }, text));

@@ -16,7 +16,7 @@ function panels(app) {
     for (const curve of run.state ? run.state.curves : []) {
       if (HIDDEN.has(curve.name) || /^eval\/.*\/(lo|hi)$/.test(curve.name)) continue;
       const key = `${curve.group}\n${bare(curve.name)}`;
-      const panel = found.get(key) || { key, name: bare(curve.name), group: curve.group, title: curve.title, rank: curve.rank, heldOut: true };
+      const panel = found.get(key) || { key, name: bare(curve.name), group: curve.group, title: curve.title, rank: curve.rank, unit: curve.unit, meaning: curve.meaning, healthy: curve.healthy, heldOut: true };
       if (!curve.name.startsWith("eval/")) panel.heldOut = false;
       found.set(key, panel);
     }
@@ -56,6 +56,8 @@ function matched(steps, curve) {
   const at = new Map(curve.x.map((step, i) => [step, curve.y[i]]));
   return steps.map((step) => at.get(step) ?? null);
 }
+
+const explained = (panel) => [panel.meaning, panel.healthy && `Healthy: ${panel.healthy}`].filter(Boolean).join(" ");
 
 // Warnings of the runs that are shown; strong where they are about this metric.
 function marksOf(app, panel) {
@@ -141,7 +143,7 @@ export class Curves {
       card.chart.refresh();
       card.value.textContent = this.latest(panel);
       card.held.hidden = !panel.heldOut;
-      card.name.textContent = plain(panel.heldOut ? `eval/${panel.name}` : panel.name, 120);
+      card.name.textContent = plain(panel.heldOut ? `eval/${panel.name}` : panel.name, 120) + (panel.unit ? ` \u00b7 ${panel.unit}` : "");
     }
     this.arrange();
   }
@@ -161,7 +163,7 @@ export class Curves {
     const node = el(
       "figure",
       { class: "chart" },
-      el("figcaption", {}, el("span", { class: "title" }, plain(panel.title, 120), " ", held), value, enlarge, name),
+      el("figcaption", { title: explained(panel) }, el("span", { class: "title" }, plain(panel.title, 120), " ", held), value, enlarge, name),
       plot,
     );
     const chart = new Chart(plot, spec);
@@ -217,7 +219,8 @@ export class Curves {
     const legend = el("div", { class: "legend" }, linesOf(this.app, panel).map((line) =>
       el("span", { class: `run-${line.colour}` }, el("span", { class: line.dots ? "swatch hollow" : "swatch" }), plain(line.label, 80))));
     const dialog = el("dialog", { class: "large", "aria-label": plain(panel.title, 120) },
-      el("header", {}, el("h3", {}, plain(panel.title, 120)), el("code", {}, plain(panel.name, 200)), close), plot, legend);
+      el("header", {}, el("h3", {}, plain(panel.title, 120)), el("code", {}, plain(panel.name, 200)), close), plot, legend,
+      panel.meaning ? el("p", { class: "meaning" }, panel.meaning, panel.healthy ? [" ", el("b", {}, "Healthy: "), panel.healthy] : null) : null);
     document.body.append(dialog);
     const chart = new Chart(plot, { ...spec, height: Math.max(260, Math.min(640, window.innerHeight - 240)) });
     const tip = $("#tip"); // a modal dialog covers everything outside it

@@ -72,6 +72,7 @@ export class VirtualList {
   row(index, node) {
     node.id = `${this.prefix}-${index}`;
     node.dataset.index = String(index);
+    node.dataset.key = this.options.key(this.items[index]);
     node.setAttribute("role", "option");
     node.setAttribute("aria-selected", String(index === this.selected));
     node.setAttribute("aria-setsize", String(this.items.length));

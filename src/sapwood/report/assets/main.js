@@ -109,7 +109,7 @@ class App {
     try {
       await this.store.entries((entries) => {
         this.loading = false;
-        this.samples.add(entries);
+        this.samples.replace(0, [], entries);
       });
     } catch (error) {
       this.loading = false;
@@ -140,8 +140,7 @@ class App {
         this.foot();
         document.documentElement.dataset.ready = "true";
       },
-      entries: (entries) => this.samples.add(entries),
-      gone: (run, file) => this.samples.remove(run, file),
+      samples: (run, files, entries) => this.samples.replace(run, files, entries),
       problems: (run, sentences) => {
         const news = sentences.filter((sentence) => !this.runs[run].problems.includes(sentence));
         if (!news.length) return;

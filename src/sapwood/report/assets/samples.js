@@ -44,13 +44,11 @@ export class Samples {
 
   // ---- what is there -----------------------------------------------------------------------------------------
 
-  add(entries) {
-    this.all = this.all.concat(entries);
-    this.changed();
-  }
-
-  remove(run, file) {
-    this.all = this.all.filter((entry) => entry.run !== run || entry.file !== file);
+  // What these files of a run held before gives way to the entries, in one go, so that a reader's place is kept.
+  replace(run, files, entries) {
+    const names = new Set(files);
+    const kept = files.length ? this.all.filter((entry) => entry.run !== run || !names.has(entry.file)) : this.all;
+    this.all = kept.concat(entries);
     this.changed();
   }
 
@@ -376,6 +374,7 @@ export class Samples {
         const side = entries.length > 1 ? this.sideName(entry, i) : null;
         return trajectoryNode(this.app, entry, trajectories[i], { by, most, worth, side });
       })));
+    this.detail.dataset.entry = main.id;
     if (this.state.mode === "browse") this.detail.scrollTop = 0;
     if (!this.quiet) announce(`${plain(main.task, 80)}, reward ${rewardText(main)}`);
     this.quiet = false;

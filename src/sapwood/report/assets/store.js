@@ -154,7 +154,8 @@ export class Remote extends Store {
     return this.ask("/chunk", { run: entry.run, file: entry.file, chunk: number, part }, "bytes");
   }
 
-  // on.runs(report, changed numbers), on.entries(run, file name, entries), on.gone(run, file name), on.link(ok)
+  // on.runs(numbers that changed), on.samples(run, files that are gone or replaced, entries), on.problems(run, sentences),
+  // on.link(whether the server answers)
   async watch(on) {
     for (;;) {
       try {
@@ -180,12 +181,10 @@ export class Remote extends Store {
   async follow(run, on) {
     const listed = this.report.runs[run].samples.files;
     const present = new Set(listed.map(([name]) => `${run}/${name}`));
-    for (const key of [...this.files.keys()]) {
-      if (key.startsWith(`${run}/`) && !present.has(key)) {
-        this.files.delete(key);
-        on.gone(run, key.slice(key.indexOf("/") + 1));
-      }
-    }
+    const own = `${run}/`;
+    const gone = [...this.files.keys()].filter((key) => key.startsWith(own) && !present.has(key));
+    for (const key of gone) this.files.delete(key);
+    if (gone.length) on.samples(run, gone.map((key) => key.slice(own.length)), []);
     const missing = listed.filter(([name, , , mark]) => this.files.get(`${run}/${name}`) !== mark);
     for (let from = 0; from < missing.length; from += 40) {
       const batch = missing.slice(from, from + 40);
@@ -193,13 +192,11 @@ export class Remote extends Store {
       const found = await this.ask("/index", { run, files: [...marks.keys()].join(",") });
       const arrived = [];
       for (const index of found) {
-        const key = `${run}/${index.file}`;
-        if (this.files.has(key)) on.gone(run, index.file);
-        this.files.set(key, marks.get(index.file));
+        this.files.set(own + index.file, marks.get(index.file));
         arrived.push(...entriesOf(run, index, 0, marks.get(index.file)));
         on.problems(run, index.problems);
       }
-      if (arrived.length) on.entries(arrived);
+      on.samples(run, found.map((index) => index.file), arrived);
     }
   }
 }

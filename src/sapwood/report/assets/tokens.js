@@ -79,8 +79,8 @@ function numbers(tokens, i) {
 // The reply of a turn; tokens where they were recorded, the text otherwise.
 export function reply(turn, by, most) {
   const { tokens } = turn;
-  const pieces = tokens.tokens || (tokens.ids && COLOURS.some(([name]) => tokens[name]) && !turn.reply ? tokens.ids.map(String) : null);
-  if (!pieces) {
+  const pieces = tokens.tokens;
+  if (!pieces || !pieces.length) {
     const known = COLOURS.some(([name]) => tokens[name]);
     return el("div", {}, passage(turn.reply || "", 20000, { class: "passage reply-text" }),
       known && by !== "none" ? el("p", { class: "nothing" }, "The texts of the tokens were not recorded, so they can't be coloured.") : null);
