@@ -112,7 +112,7 @@ def test_a_step_is_written_anew_without_a_gap(policy, tmp_path, monkeypatch):
         raise OSError(errno.EIO, "input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_fill", fail)
+        patch.setattr(checkpoint, "fill", fail)
         with pytest.raises(StorageError, match=r"can't write the checkpoint .*input/output error"):
             checkpoint.write(checkpoint.snapshot(policy, 1), tmp_path)
     assert saved_value(folder) == 1.0
@@ -122,14 +122,14 @@ def test_a_step_is_written_anew_without_a_gap(policy, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_waited_for(policy, tmp_path, monkeypatch):
-    fill_folder, waits = checkpoint._fill, []
+    fill_folder, waits = checkpoint.fill, []
 
     def full_at_first(snap, folder):
         fill_folder(snap, folder)
         if len(waits) < 2:
             raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_fill", full_at_first)
+    monkeypatch.setattr(checkpoint, "fill", full_at_first)
     folder = checkpoint.write(checkpoint.snapshot(policy, 4, {"step": 4}), tmp_path, waits.append)
     assert waits == [folder, folder]
     assert checkpoint.read(folder).resumable

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +142,7 @@ def write(snap: Snapshot, run_dir: Path, when_full: WhenFull | None = None) -> P
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            _fill(snap, scratch)
+            fill(snap, scratch)
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 target.rename(old)
@@ -160,7 +161,8 @@ def write(snap: Snapshot, run_dir: Path, when_full: WhenFull | None = None) -> P
         return target
 
 
-def _fill(snap: Snapshot, folder: Path) -> None:
+def fill(snap: Snapshot, folder: Path) -> None:
+    """Write a snapshot into a folder that is there, and a manifest of all files in it. Raises OSError."""
     (folder / "policy").mkdir()
     save_policy(snap.policy, folder / "policy", snap.weights["policy"])
     if snap.critic is not None:
@@ -257,12 +259,19 @@ def found(run_dir: Path, *, verify: bool = True) -> list[Checkpoint]:
     return [read(folder, verify=verify) for folder in sorted(folders, key=_step_of)]
 
 
+#: What torch.load raises for bytes that are no state: found by giving it three thousand that aren't.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """The training state of a checkpoint. Raises StorageError where it can't be read."""
     path = folder / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise StorageError(f"{path}: can't be read as a training state ({first}); resume from another one.") from error
     if not isinstance(state, dict) or "step" not in state:

@@ -123,7 +123,7 @@ def save(
             np.savez_compressed(scratch / ROWS, **_arrays(rows))  # pyright: ignore[reportArgumentType]
             (scratch / "README.txt").write_text(_README.format(step=step, update=update, name=target), "utf-8")
             finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-            checkpoint._fill(checkpoint.snapshot(models, step, state, finite, dump_recipe(recipe)), scratch)
+            checkpoint.fill(checkpoint.snapshot(models, step, state, finite, dump_recipe(recipe)), scratch)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -220,7 +221,7 @@ class _Update:
             if values is not None and values.numel() and values.grad is not None:
                 quantity = f"the loss's gradient with respect to {name}"
                 self.slopes += self._places(quantity, values.grad, micro, per_row=name == "scores")
-        if self.slopes:
+        if self.slopes and not self.outputs:
             self.slopes += self._operation(forward, micro, totals)
 
     def _operation(self, forward: Forward, micro: Sequence[Row], totals: Totals) -> list[str]:
@@ -229,7 +230,8 @@ class _Update:
         logprobs = leaves.pop("logprobs")
         assert logprobs is not None
         try:
-            with torch.autograd.set_detect_anomaly(True):
+            with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
+                warnings.simplefilter("ignore")  # the traceback of the operation, which is the algorithm's to read
                 batch = RowBatch.of(micro, self.models.policy.device)
                 self.algorithm.loss(Forward(logprobs, **leaves), batch, totals).loss.backward()
         except RuntimeError as error:
