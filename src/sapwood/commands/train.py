@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +60,7 @@ def run(given: argparse.Namespace) -> int:
     resumes = asked if given.resume is not None else _ask(recipe, given.json)
     progress = show_progress(given.json)
     opened, start = _resume(recipe, resumes) if resumes is not None else _create(recipe)
-    with opened:
+    with _told_at_the_end(opened):
         try:
             with progress:
                 from sapwood.train import train
@@ -82,6 +84,17 @@ def run(given: argparse.Namespace) -> int:
             return 130
     _tell(result, given.json)
     return 0
+
+
+@contextmanager
+def _told_at_the_end(run: Run) -> Iterator[None]:
+    """Close the run after use, and say what its trackers have found out while they ended."""
+    try:
+        with run:
+            yield
+    finally:
+        for note in run.notes():
+            print(f"sapwood: {note}", file=sys.stderr)
 
 
 COMMAND = Command("Train a model by a recipe, into a new run folder.", arguments, run)
