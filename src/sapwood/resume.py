@@ -65,7 +65,8 @@ def find(run_dir: Path, path: Path | None = None) -> Start:
     if path is not None:
         return _start(_named(run_dir, path), run_dir, [])
     notes = []
-    for each in reversed(checkpoint.found(run_dir)):
+    for known in reversed(checkpoint.found(run_dir, verify=False)):
+        each = checkpoint.read(known.path)  # the newest good one is hashed, not those before it
         if each.problem is not None:
             notes.append(f"checkpoint {each.path} is skipped: {each.problem}")
         elif not each.resumable:

@@ -56,6 +56,7 @@ class Run:
         self.dir = folder
         self.recipe = recipe
         self._files: dict[str, io.FileIO] = {}
+        self._unsynced: list[Path] = []
         self.when_full: Callable[[Path], None] | None = None
         self._handler: logging.Handler | None = None
         self._lock: io.FileIO | None = None
@@ -235,6 +236,17 @@ class Run:
         if kind in ("start", "resume", "stop", "finish"):
             self._ended = kind
 
+    def sync(self) -> None:
+        """See to it that what was written is on the disk, for a checkpoint whose rows must not be missing."""
+        unsynced, self._unsynced = self._unsynced, []
+        for path in (*unsynced, *(self.dir / name for name in self._files)):
+            with contextlib.suppress(OSError):  # some file systems can't, and a picture may be replaced meanwhile
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+
     def save_samples(
         self,
         step: int,
@@ -355,6 +367,7 @@ class Run:
 
         with writing(path):
             self._patiently(path, write)
+        self._unsynced.append(path)
         return path
 
     def _patiently(self, path: Path, write: Callable[[], None]) -> None:

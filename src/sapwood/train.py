@@ -269,12 +269,16 @@ class Trainer:
         section = self.recipe.checkpoint
         if section.every and step % section.every == 0:
             return True
-        return section.minutes is not None and time.monotonic() - self._saved_at >= 60 * section.minutes
+        if section.minutes is None or time.monotonic() - self._saved_at < 60 * section.minutes:
+            return False
+        self.log.event("checkpoint", f"after {section.minutes:g} minutes", step)
+        return True
 
     # --- saving and resuming ------------------------------------------------------------------------------------
 
     def _save(self, writer: checkpoint.Writer) -> None:
         metrics = self._last if self.pending is None else self.pending[0]
+        self.log.sync()
         writer.submit(
             lambda: checkpoint.snapshot(self.models, self.done, self._state(), metrics, dump_recipe(self.recipe))
         )
