@@ -186,6 +186,13 @@ OVERRIDES = [
     ("rewards.0.wieght=2", "unknown key 'wieght' in rewards.0; did you mean 'weight'?"),
     ("optim.learning_rate=fast", "optim.learning_rate is 'fast'; it should be a valid number"),
     ("optim.learning_rate=0", "optim.learning_rate is 0; it should be greater than 0"),
+    ("optim.learning_rate=.inf", "optim.learning_rate is inf; it should be a finite number"),
+    ("optim.eps=.nan", "optim.eps is nan; it should be a finite number"),
+    ("algorithm.kl_coef=.inf", "algorithm.kl_coef is inf; it should be a finite number"),
+    ("rewards.0.weight=.nan", "rewards.0.weight is nan; it should be a finite number"),
+    ("engine.temperature=.inf", "engine.temperature is inf; it should be a finite number"),
+    ("rewards.1={name: format, pattern: '('}", "rewards.1.pattern: not a regular expression: missing )"),
+    ("run.dir={x: 3}", "run.dir is {'x': 3}; it should be a path"),
     ("optim.betas=[0.9]", "optim.betas.1 is missing"),
     ("run.steps=0", "run.steps is 0; it should be greater than or equal to 1"),
     ("run.steps=2.5", "run.steps is 2.5; it should be a valid integer"),
@@ -241,7 +248,7 @@ PLUGINS = [
     ("engine.name=scriptd", "unknown engine 'scriptd'; did you mean 'scripted'?"),
     ("rewards.0.name=exactmatch", "unknown reward 'exactmatch'; did you mean 'exact_match'?"),
     ("env.name=no_such_package.module:Env", "no module 'no_such_package'; is it installed?"),
-    ("env.name=nowhere/env.py:Env", "no file 'nowhere/env.py'"),
+    ("env.name=nowhere/env.py:Env", "there is no file 'nowhere/env.py'; paths begin at"),
 ]
 
 
@@ -313,8 +320,32 @@ def test_recursive_yaml_ends(tmp_path: Path) -> None:
     assert "algorithm is missing" in sentence(write(tmp_path / "loop.yaml", "env: &a {name: prompts, items: *a}\n"))
 
 
+def test_a_class_that_is_not_finished_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text("from sapwood.rewards import Reward\nclass Half(Reward):\n    pass\n")
+    told = sentence(base, [f"rewards=[{tmp_path}/half.py:Half]"])
+    assert told.endswith("half.py:Half' lacks the method score, which every Reward has; write it.")
+
+
+def test_a_character_that_yaml_has_not_names_its_line(tmp_path: Path) -> None:
+    told = sentence(write(tmp_path / "bell.yaml", "run:\n  dir: x\x07\n"))
+    assert told == f"{tmp_path / 'bell.yaml'} line 2: not valid YAML: the character U+0007 can't stand here."
+
+
+def test_rewards_that_only_a_world_pays_teach_nothing_on_prompts(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^rewards\.0: prompts pay nothing by themselves; give another reward"):
+        load_recipe(base).check_trainable()
+    load_recipe(base, ["rewards=[env, exact_match]"]).check_trainable()
+    load_recipe(base, ["env=hvac"]).check_trainable()
+    data = write(tmp_path / "d.yaml", "run: {dir: x, steps: 1}\n" + RECORDS + "algorithm: grpo\nrewards: [format]\n")
+    with pytest.raises(
+        ConfigError, match=r"^rewards\.0: format reads what an env parsed, and there is none: give"
+    ):
+        load_recipe(data).check_trainable()
+    load_recipe(data, ["rewards.0.pattern=x+"]).check_trainable()
+
+
 def test_greedy_sampling_cannot_train(base: Path) -> None:
-    load_recipe(base).check_trainable()
+    load_recipe(base, ["rewards=[exact_match]"]).check_trainable()
     with pytest.raises(ConfigError, match=r"engine\.temperature is 0: greedy replies"):
         load_recipe(base, ["engine.temperature=0"]).check_trainable()
 

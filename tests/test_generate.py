@@ -107,6 +107,19 @@ def test_what_contradicts_is_refused(echo, tmp_path):
         run_generate(Origin("r", locate("r").section, "scalar"), ["x"])
 
 
+def test_a_bad_input_names_the_options_of_this_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAPWOOD_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"quest": "x"}\n')
+    with pytest.raises(DataError, match=r"q.jsonl line 1: no prompt: .* so map it by name, e.g. --field\.$"):
+        read_prompts(path)
+    with pytest.raises(DataError, match=r"--field is 'question', but the record has no such field; did you mean 'ques"):
+        read_prompts(path, "question")
+    path.write_text('{"prompt": "x"}\n{"quest": "x"}\n')
+    with pytest.raises(DataError, match=r"q.jsonl, line 2: no field 'prompt' \(fields: quest\); name it by --field"):
+        read_prompts(path)
+
+
 def test_prompts_are_read_from_any_data(tmp_path, monkeypatch):
     monkeypatch.setenv("SAPWOOD_CACHE", str(tmp_path / "cache"))
     table = tmp_path / "q.csv"

@@ -9,6 +9,7 @@ run. The sections `env`, `algorithm`, `engine` and `rewards` stay mappings of a 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,11 +139,19 @@ class Recipe(Section):
 
     def check_trainable(self) -> None:
         """Refuse what can be sampled from but can't teach. Raises ConfigError."""
-        if self.build_algorithm().learns_from == "rollouts" and self.sampling().temperature == 0:
+        if self.build_algorithm().learns_from != "rollouts":
+            return
+        if self.sampling().temperature == 0:
             raise ConfigError(
                 "engine.temperature is 0: greedy replies to a task are all the same, so there is nothing to "
                 "learn from; set engine.temperature=1.0."
             )
+        reasons = (
+            [] if self.env is not None and self.build_env().pays else [r.needs_world() for r in self.build_rewards()]
+        )
+        for index, reason in enumerate(reasons):
+            if reason is not None and (self.env is None or None not in reasons):
+                raise ConfigError(f"rewards.{index}: {reason}")
 
 
 def load_recipe(paths: Sequence[Path | str] | Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -390,6 +399,12 @@ def _build(kind: str, section: Mapping[str, Any], path: KeyPath, contract: type,
         raise ConfigError(
             f"{source.place((*path, 'name'))}: {kind} {section['name']!r} is not a class derived from "
             f"{contract.__module__}.{contract.__name__}."
+        )
+    if inspect.isabstract(plugin):
+        lacks = ", ".join(sorted(plugin.__abstractmethods__))
+        raise ConfigError(
+            f"{source.place((*path, 'name'))}: {kind} {section['name']!r} lacks the method {lacks}, which every "
+            f"{contract.__name__} has; write it."
         )
     options = {key: value for key, value in section.items() if key != "name"}
     return _validate(plugin, options, path, source)

@@ -102,8 +102,9 @@ def read(path: Path) -> Source:
         raise ConfigError(f"{path}: not a text file (UTF-8); a recipe is YAML.") from error
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}.") from error
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         places: dict[KeyPath, str] = {}
         _locate(node, (), str(path), places, frozenset())
@@ -113,10 +114,16 @@ def read(path: Path) -> Source:
         problem = error.problem or error.context
         hint = '; within braces a soft key wants quotes: {"key?": 1}' if "got '?'" in str(problem) else ""
         raise ConfigError(f"{path} line {line}: not valid YAML: {problem}{hint}.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"{path} line {line}: not valid YAML: the character U+{int(error.character):04X} can't stand here."
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if data is None:
         raise ConfigError(f"{path}: the recipe is empty; it needs at least run, algorithm, and env or data.")
     if not isinstance(data, dict):
@@ -360,11 +367,15 @@ def _sentence(item: Any, path: KeyPath, location: KeyPath, model: type[BaseModel
         return f"{name} is missing."
     if kind in ("value_error", "assertion_error"):
         message = message.split(", ", 1)[1] if ", " in message else message
+        of_one_key = bool(location) and not isinstance(item["input"], Mapping | BaseModel)
+        if of_one_key and not re.search(rf"\b{re.escape(str(path[-1]))}\b", message):
+            message = f"{name}: {message}"
         return message if message.endswith((".", "?")) else f"{message}."
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return f"{name} is {_show(item['input'])}; it should be a mapping of keys and values."
     expected = re.sub(r"^Input should be ", "", message)
     expected = re.sub(r",? unable to (parse|interpret).*", "", expected)
+    expected = re.sub(r".*is not a valid path.*", "a path", expected)
     expected = expected.replace("valid tuple", "list").replace("valid dictionary", "mapping")
     near = _nearest_choice(item)
     return f"{name} is {_show(item['input'])}; it should be {expected}{near}."

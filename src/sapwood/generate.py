@@ -155,14 +155,20 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[tuple[Mess
     """
     if not path.is_file():
         raise DataError(f"--input: there is no file {str(path)!r}.")
-    if path.suffix == ".jsonl" and _first_has(path, prompt_field or "prompt"):
-        family = Prompts(path=path, prompt_field=prompt_field or "prompt")
-        return [task.prompt for task in family.ordered()]
-    from sapwood.data.dataset import open_data
+    try:
+        if path.suffix == ".jsonl" and _first_has(path, prompt_field or "prompt"):
+            family = Prompts(path=path, prompt_field=prompt_field or "prompt")
+            return [task.prompt for task in family.ordered()]
+        from sapwood.data.dataset import open_data
 
-    source = {"path": str(path), **({"input": prompt_field} if prompt_field else {})}
-    section = DataSection.model_validate({"sources": [source], "eval_fraction": 0, "shuffle": False})
-    records, _ = open_data(section, "rollouts", 0, None)
+        source = {"path": str(path), **({"input": prompt_field} if prompt_field else {})}
+        options = {"eval_fraction": 0, "shuffle": False, "on_bad_record": "skip"}
+        records, _ = open_data(DataSection.model_validate({"sources": [source], **options}), "rollouts", 0, None)
+        for problem in records.report.bad_records():
+            raise DataError(f"{problem.rstrip('.')}. `sapwood data check` lists every bad record.")
+    except DataError as error:  # a recipe's options, which are one here
+        said = str(error).replace("set env.prompt_field", "name it by --field").replace("data.input", "--field")
+        raise DataError(said) from error
     return [records[i].prompt for i in range(len(records))]
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from sapwood.errors import ConfigError, DataError, SapwoodError, UnknownPlugin
 
+#: Characters of another program's words that a message repeats.
+_SAID = 300
 KINDS = {
     "algorithm": "sapwood.algorithms",
     "env": "sapwood.envs",
@@ -55,15 +57,19 @@ def load(kind: str, name: str) -> Any:
         return _load_reference(kind, name)
     if name not in known(kind):
         near = difflib.get_close_matches(name, known(kind), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        if name.endswith(".py"):
+            hint = f"; name what is in the file: {name}:NAME."
         raise UnknownPlugin(f"unknown {kind} {name!r}{hint} Known: {', '.join(known(kind))}.")
     return importlib.import_module(f"{KINDS[kind]}.{name}").PLUGIN
 
 
 def _load_reference(kind: str, reference: str) -> Any:
     module_name, _, attribute = reference.rpartition(":")
+    if not module_name or not attribute.isidentifier():
+        raise ConfigError(f"{kind} {reference!r}: write it as path/to/file.py:NAME or package.module:NAME.")
     if module_name.endswith(".py"):
-        module = _import_file(kind, reference, Path(module_name))
+        module = _import_file(kind, reference, Path(module_name).expanduser())
     else:
         module = _imported(kind, reference, lambda: importlib.import_module(module_name))
     if not hasattr(module, attribute):
@@ -78,11 +84,10 @@ def _load_reference(kind: str, reference: str) -> Any:
     return found
 
 
-def where_raised(error: BaseException, file: str) -> str:
-    """ "file.py line 7": the innermost line of `file` that an exception passed, or else the innermost line of all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [frame for frame in frames if frame.filename == file] or frames
-    return f"{_shown(inside[-1].filename)} line {inside[-1].lineno}" if inside else _shown(file)
+def where_raised(error: BaseException, file: str) -> str | None:
+    """ "file.py line 7": the innermost line of `file` that an exception passed; None where it passed none."""
+    inside = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{_shown(file)} line {inside[-1].lineno}" if inside else None
 
 
 def place_of(function: Callable[..., Any]) -> str:
@@ -97,14 +102,17 @@ def call(what: str, function: Callable[..., Any], *args: Any, **keywords: Any) -
         return function(*args, **keywords)
     except SapwoodError:
         raise
-    except Exception as error:  # the boundary to code that isn't ours
-        code = getattr(function, "__code__", None) or getattr(type(function), "__code__", None)
-        line = where_raised(error, code.co_filename if code else "")
-        raise DataError(f"{what} raised {_described(error)} at {line}; fix it there.") from error
+    except (Exception, SystemExit) as error:  # the boundary to code that isn't ours
+        code = getattr(function, "__code__", None)
+        inner = traceback.extract_tb(error.__traceback__)[1:]  # below this very line
+        line = where_raised(error, code.co_filename if code else inner[-1].filename) if inner else None
+        place = f" at {line}; fix it there" if line else ", called as it was; check its parameters"
+        raise DataError(f"{what} raised {_described(error)}{place}.") from error
 
 
 def _described(error: BaseException) -> str:
     said = " ".join(str(error).split()).rstrip(".")
+    said = said if len(said) <= _SAID else f"{said[:_SAID]} ..."
     return f"{type(error).__name__} ({said})" if said else type(error).__name__
 
 
@@ -121,19 +129,23 @@ def _imported(kind: str, reference: str, load: Callable[[], Any]) -> Any:
     except ModuleNotFoundError as error:
         raise UnknownPlugin(f"{kind} {reference!r}: no module {error.name!r}; is it installed?") from error
     except SyntaxError as error:
-        place = f"{_shown(error.filename or reference)} line {error.lineno}"
-        raise ConfigError(f"{kind} {reference!r}: {place} is not Python: {error.msg}.") from error
+        line = f" line {error.lineno}" if error.lineno else ""
+        place = _shown(error.filename) if error.filename else reference.rpartition(":")[0]
+        raise ConfigError(f"{kind} {reference!r}: {place}{line} is not Python: {error.msg}.") from error
     except SapwoodError:
         raise
-    except Exception as error:  # the boundary to code that isn't ours
-        file = reference.rpartition(":")[0]
-        line = where_raised(error, str(Path(file).resolve()))
-        raise ConfigError(f"{kind} {reference!r}: importing it raised {_described(error)} at {line}.") from error
+    except (Exception, SystemExit) as error:  # the boundary to code that isn't ours
+        line = where_raised(error, str(Path(reference.rpartition(":")[0]).expanduser().resolve()))
+        place = f" at {line}" if line else ""
+        raise ConfigError(f"{kind} {reference!r}: importing it raised {_described(error)}{place}.") from error
 
 
 def _import_file(kind: str, reference: str, path: Path) -> Any:
     if not path.is_file():
-        raise UnknownPlugin(f"{kind}: no file {str(path)!r}.")
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(path.name, [file.name for file in beside], n=1)
+        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else f"paths begin at {Path.cwd()}."
+        raise UnknownPlugin(f"{kind} {reference!r}: there is no file {str(path)!r}; {hint}")
     path = path.resolve()
     name = f"sapwood_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:

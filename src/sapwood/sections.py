@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod

@@ -56,6 +56,16 @@ def test_a_report(lines: Lines) -> None:
     assert json.loads(json.dumps(report.to_json()))["lengths"]["reply"]["100"] == 100
 
 
+def test_one_is_singular_and_nothing_is_bad(lines: Lines) -> None:
+    text = "\n".join(check([str(lines([ROWS[0], ROWS[0]], "twice.jsonl"))]).lines())
+    assert "\n1 duplicate:\n" in text
+    assert "1 good record (1 prompt_response), 0 bad" in check([str(lines(ROWS[:1], "one.jsonl"))]).lines()
+    empty = lines([], "empty.json")
+    empty.write_text("[]")
+    report = check([str(empty)])
+    assert report.bad == [f"{empty}: holds no record."]
+
+
 def test_lengths_in_tokens(lines: Lines) -> None:
     chat = Chat(tokenizer())
     report = check([str(lines(ROWS))], chat=chat)

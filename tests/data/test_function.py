@@ -32,6 +32,8 @@ def other_keys():
     yield {"prompt": "p", "response": "r", "seen": {(1, 2): 3}}
 def empty():
     return []
+def wants(what):
+    return []
 """
 
 
@@ -63,11 +65,12 @@ def test_the_cache_follows_the_records_not_the_file(read, tmp_path, monkeypatch)
 
 
 BAD = [
-    ("list_inside", {}, DataError, r"mine.py:list_inside item 2: is a list, not a mapping of fields"),
+    ("list_inside", {}, DataError, r"mine.py:list_inside item 2: must be a mapping of fields, not a list"),
     ("raises", {}, DataError, r"mine.py:raises' raised KeyError \('gone'\) at .*line 13; fix it there"),
-    ("nothing", {}, DataError, "returned a NoneType; yield records"),
+    ("nothing", {}, DataError, "returned null; yield records"),
     ("empty", {}, DataError, "holds no record"),
     ("other_keys", {}, DataError, r"other_keys item 2: can't be written as JSON \(keys must be str.*keys are text"),
+    ("wants", {}, DataError, r"wants' raised TypeError \(.*'what'\), called as it was; check its parameters"),
     ("goood", {}, ConfigError, "has no 'goood'; did you mean 'good'"),
     ("TEXT", {}, DataError, "is no function"),
     ("good", {"split": "train"}, DataError, "split, subset and revision are for files"),
@@ -81,7 +84,7 @@ def test_what_is_wrong_is_told(read, name, source, error, problem):
 
 
 def test_a_missing_file_or_module_is_told(read):
-    with pytest.raises(UnknownPlugin, match=r"no file 'none\.py'"):
+    with pytest.raises(UnknownPlugin, match=r"there is no file 'none\.py'"):
         read("good", path="none.py")
     with pytest.raises(UnknownPlugin, match="no module 'no_such_module'"):
         read("good", path="no_such_module")

@@ -147,7 +147,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
     "blank.jsonl": (b"\n \n", "the file is empty"),
     "broken.jsonl": (GOOD + b'\n{"prompt": "x", \n', "line 2: not JSON .* column"),
-    "array.jsonl": (GOOD + b"\n[1, 2]\n", "line 2: must be a JSON object with named fields, not an array"),
+    "array.jsonl": (GOOD + b"\n[1, 2]\n", "line 2: must be a JSON object with named fields, not a list"),
     "number.json": (b"[3]", "line 1: must be a JSON object with named fields, not a number"),
     "latin.jsonl": (GOOD + '\n{"prompt": "caf\xe9"}'.encode("latin-1"), r"line 2: byte 16 \(0xe9\) is not UTF-8; save"),
     "latin.json": ('[{"a": 1},\n{"prompt": "caf\xe9"}]'.encode("latin-1"), "line 2: 0xe9 is not UTF-8; save"),
@@ -212,5 +212,5 @@ def test_bad_lines_are_counted_and_listed_on_request(lines: Lines) -> None:
 
 
 def test_nothing_good_is_an_error_even_when_skipping(lines: Lines) -> None:
-    with pytest.raises(DataError, match=r"none of its 2 records is good; the first: .* line 1: no prompt"):
+    with pytest.raises(DataError, match=r"of 2 records none is good; the first: .* line 1: no prompt"):
         opened(lines([{"text": "a"}, {"text": "b"}]), on_bad_record="skip")

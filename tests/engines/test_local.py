@@ -301,7 +301,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(EngineError, match="Gemma2ForCausalLM"):
         LocalEngine(tiny("gemma2"), options=LocalOptions(runtime="lean"))
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(EngineError, match="dynamic rotary embedding .*; choose another model"):
+    with pytest.raises(EngineError, match=r"dynamic rotary embedding .*; choose another model"):
         LocalEngine(tiny(rope_parameters=dynamic))
 
 

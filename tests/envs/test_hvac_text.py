@@ -1,11 +1,10 @@
 """The text world: replies to powers, tasks that never overlap, prompts, rewards and penalties."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.limits import finishes
 
 from sapwood.envs.check import check_env
 from sapwood.envs.hvac import Hvac, parse_reply
@@ -94,18 +93,19 @@ def test_reasoning_replies_count_their_last_answer():
     assert parse_reply("power: 0.9, no, power: 0.1", 1, last=True).powers == (0.1,)
 
 
-@pytest.mark.parametrize(
-    "unit",
-    ["{", "[", "}", '{"power":', '{"power": [', "power: ", "power ((", "0.1 ", "9", "-", '{"power": NaN}', "[[]"],
-)  # fmt: skip
-def test_hostile_replies_of_100k_characters_return(unit):
+def test_hostile_replies_of_100k_characters_return():
+    # Backtracking would take minutes a reply and more.
+    finishes("""
+from sapwood.envs.hvac.parsing import parse_reply
+
+units = ("{", "[", "}", '{"power":', '{"power": [', "power: ", "power ((", "0.1 ", "9", "-", '{"power": NaN}', "[[]")
+for unit in units:
+    print(unit, flush=True)
     reply = (unit * 100_000)[:100_000]
-    start = time.perf_counter()
     for last in (False, True):
         parse_reply(reply, 1, last=last)
         parse_reply(reply, 5, last=last)
-    # A hang guard, not a measurement: backtracking would take minutes.
-    assert time.perf_counter() - start < 20
+""")
 
 
 @given(st.text(max_size=300), st.integers(1, 4), st.booleans())

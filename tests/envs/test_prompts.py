@@ -71,7 +71,7 @@ def test_files(tmp_path):
     ("line", "sentence"),
     [
         ("{oops", r"p.jsonl, line 2: not JSON \(.* at column 2\)"),
-        ("[1]", "line 2: must be a JSON object, not list"),
+        ("[1]", "line 2: must be a JSON object with named fields"),
         ({"question": "x"}, r"line 2: no field 'prompt' \(fields: question\); set env.prompt_field"),
         ({"prompt": ""}, "line 2, field 'prompt': a prompt must be a non-empty string"),
         ({"prompt": [{"role": "robot", "content": "x"}]}, "message 0: role is 'robot'"),
@@ -86,6 +86,9 @@ def test_a_bad_line_is_named(tmp_path, line, sentence):
 
 
 def test_bad_files_and_options(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "x"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.jsonl, line 2: 0xe9 is not UTF-8; save the file as UTF-8"):
+        Prompts(path=tmp_path / "latin.jsonl").tasks("train", 1, 0)
     with pytest.raises(DataError, match=r"none.jsonl: No such file or directory; check env.path"):
         Prompts(path=tmp_path / "none.jsonl").tasks("train", 1, 0)
     with pytest.raises(DataError, match="no line holds a prompt"):

@@ -33,7 +33,7 @@ def raises_ours(replies):
 
 def returns(replies, value: str):
     return {"none": None, "dict": {}, "few": [1.0], "nan": [1.0, float("nan")], "text": ["1", "2"],
-            "part": [{"a": 1.0}, {"a": None}], "ok": [1, True]}[value]
+            "part": [{"a": 1.0}, {"a": None}], "ok": [1, True], "empty": [{}, {}], "huge": [10**400, 1]}[value]
 
 def array(replies):
     import numpy
@@ -44,6 +44,8 @@ def nothing(): return []
 def hides(replies, weight=1): return []
 def unreadable(replies, n: 'Missing'): return []
 async def later(replies): return []
+def leaves(replies): raise SystemExit(3)
+def talks(replies): raise ValueError("x" * 400)
 """
 
 
@@ -101,14 +103,16 @@ def test_parts_are_named_weighted_and_summed(reward):
         ("raises_ours", {}, "^prices.csv, line 2: no price.$"),
         ("returns", {"value": "none"}, "returned NoneType; return a list with one number"),
         ("returns", {"value": "dict"}, "returned dict; return a list"),
-        ("returns", {"value": "few"}, "returned 1 scores for 2 replies"),
+        ("returns", {"value": "few"}, "returned 1 of 2 scores; return one for each reply"),
         ("returns", {"value": "nan"}, r"rewards.py line 23\), reply 1 \(task 't'\): it returned nan; every score"),
         ("returns", {"value": "text"}, "reply 0 .*: it returned '1'; every score must be a finite number"),
         ("returns", {"value": "part"}, "reply 1 .*: it returned None as 'a'"),
-        ("later", {}, "returned coroutine"),
+        ("returns", {"value": "empty"}, r"reply 0 .*: it returned an empty dict; for a reply that can't be judged"),
+        ("returns", {"value": "huge"}, r"reply 0 .*: it returned 10000.*\.\.\.; every score must be a finite number"),
+        ("leaves", {}, r"reward 'leaves' \(.*\) raised SystemExit \(3\) at .*rewards.py line 36; fix it there"),
+        ("talks", {}, r"raised ValueError \(x{300} \.\.\.\) at"),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:coroutine")
 def test_what_goes_wrong_is_told_in_a_sentence(reward, name, options, sentence):
     with pytest.raises(DataError, match=sentence):
         reward(name, **options).score([two()])
@@ -122,6 +126,8 @@ def test_what_goes_wrong_is_told_in_a_sentence(reward, name, options, sentence):
         ("hides", "its parameter 'weight' can't be an option of a reward; rename it"),
         ("unreadable", "its signature can't be read: name 'Missing' is not defined"),
         ("brevty", "has no 'brevty'; did you mean 'brevity'?"),
+        ("later", "it is async, and is called plainly; write it with def"),
+        ("", "write it as path/to/file.py:NAME or package.module:NAME"),
     ],
 )
 def test_what_can_never_work_is_told_at_once(reward, name, sentence):
@@ -152,6 +158,18 @@ def test_files_that_cannot_be_imported(tmp_path):
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(UnknownPlugin, match="no module 'nothing_of_this_name'; is it installed"):
         load("reward", f"{path}:f")
+    path.write_text("import sys\nsys.exit(1)\n")
+    with pytest.raises(ConfigError, match=r"importing it raised SystemExit \(1\) at .*broken.py line 2"):
+        load("reward", f"{path}:f")
+    path.write_bytes(b"x = 1\x00")
+    with pytest.raises(ConfigError, match=r"broken.py is not Python|broken.py line 1 is not Python|raised ValueError"):
+        load("reward", f"{path}:f")
+    with pytest.raises(UnknownPlugin, match=r"there is no file '.*brokn.py'; did you mean '.*broken.py'"):
+        load("reward", f"{path.with_name('brokn.py')}:f")
+    with pytest.raises(UnknownPlugin, match=r"unknown reward 'broken.py'; name what is in the file: broken.py:NAME"):
+        load("reward", "broken.py")
+    with pytest.raises(UnknownPlugin, match=r"unknown reward 'zzzz'\. Known: diversity"):
+        load("reward", "zzzz")
     path.write_text("def f(replies): return [0.0 for _ in replies]\n")
     assert load("reward", f"{path}:f")().score([two()]) == [[{"f": 0.0}] * 2]  # a failed import leaves nothing behind
 

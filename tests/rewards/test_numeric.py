@@ -1,7 +1,6 @@
-import time
-
 import pytest
 from pydantic import ValidationError
+from tests.limits import finishes
 from tests.rewards.test_simple_rewards import group, score
 
 from sapwood.rewards.numeric import Numeric
@@ -38,7 +37,6 @@ from sapwood.rewards.numeric import Numeric
         ("12345678901234567890", "12345678901234567891", 0),  # equal as floats
         ("no number", "1", 0),
         ("1", "no number", 0),
-        ("1", None, 0),
         ("1", True, 0),
         ("", "1", 0),
         ("2", ["1", "2"], 1),
@@ -90,10 +88,15 @@ def test_pattern():
 
 
 def test_no_text_takes_long():
-    started = time.perf_counter()
-    for text in ("9" * 20000, "1," * 10000, "1 " * 10000, "-" * 20000, "1/" * 10000, "1" + " " * 20000, "1.1" * 7000):
-        score(Numeric(), group(text, answer="1"))
-    assert time.perf_counter() - started < 5
+    # Backtracking would take minutes a text and more.
+    finishes("""
+from sapwood.rewards.numeric import Numeric
+from tests.rewards.test_simple_rewards import group
+
+for text in ("9" * 20000, "1," * 10000, "1 " * 10000, "-" * 20000, "1/" * 10000, "1" + " " * 20000, "1.1" * 7000):
+    print(text[:10], flush=True)
+    Numeric().score([group(text, answer="1")])
+""")
 
 
 def test_an_episode_without_a_turn():

@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from sapwood.errors import DataError
 from sapwood.plugins import load
 from sapwood.rewards.env import EnvReward
 from sapwood.rewards.exact_match import ExactMatch
 from sapwood.rewards.format import Format
 from sapwood.rewards.length import Length
+from sapwood.rewards.numeric import Numeric
 from sapwood.types import Group, StopReason, Task, Trajectory, Turn
 
 
@@ -61,7 +63,6 @@ def test_env_sums_what_the_turns_paid():
         ({"pattern": r"answer: (\w+)"}, "b", "b", 0),
         ({"pattern": r"x(y)?"}, "x", "y", 0),
         ({}, "b", ["a", "b"], 1),
-        ({}, "None", None, 0),
     ],
 )
 def test_exact_match(options, reply, answer, value):
@@ -91,3 +92,12 @@ def test_bad_options():
         Format(pattern="(")
     with pytest.raises(ValidationError, match="must be below limit"):
         Length(free=8, limit=8)
+
+
+@pytest.mark.parametrize("reward", [ExactMatch(), Numeric()])
+def test_without_any_answer_there_is_nothing_to_compare_with(reward):
+    with pytest.raises(DataError, match=r"compares with the task's answer, and task 't' has none; map the field"):
+        reward.score([group("5"), group("6")])
+    # One that has an answer is judged, beside others that have none.
+    scored = reward.score([group("5"), group("6", answer="6")])
+    assert [list(parts[0].values()) for parts in scored] == [[0.0], [1.0]]

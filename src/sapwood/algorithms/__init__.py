@@ -32,7 +32,7 @@ class Algorithm(BaseModel, ABC):
     atomic: the rows of a group are coupled by the loss, so they share a micro-batch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learns_from: ClassVar[LearnsFrom] = "rollouts"
     atomic: ClassVar[bool] = False

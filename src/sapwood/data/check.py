@@ -19,6 +19,7 @@ from sapwood.data import Progress, Record
 from sapwood.data.groups import Grouper
 from sapwood.data.section import DataSection, SourceSection
 from sapwood.data.store import Store, open_store
+from sapwood.data.words import counted
 from sapwood.errors import DataError
 
 PERCENTILES = (0, 50, 90, 95, 99, 100)
@@ -93,8 +94,8 @@ class CheckReport:
         """The report for a reader; every bad record, the first `show` repeats."""
         lines = [*self.bad, *([""] if self.bad else [])]
         shapes = ", ".join(f"{count:,} {shape}" for shape, count in self.shapes.most_common())
-        lines.append(f"{self.records:,} good records ({shapes or 'none'}), {len(self.bad):,} bad")
-        lines.append(f"{len(self.repeats):,} duplicates" + (":" if self.repeats else ""))
+        lines.append(f"{counted(self.records, 'good record')} ({shapes or 'none'}), {len(self.bad):,} bad")
+        lines.append(counted(len(self.repeats), "duplicate") + (":" if self.repeats else ""))
         lines += [f"  {place} repeats {first}" for place, first in self.repeats[:show]]
         if len(self.repeats) > show:
             lines.append(f"  and {len(self.repeats) - show:,} more")
@@ -135,6 +136,8 @@ def check(
             report.bad.append(str(error))
             continue
         report.bad += store.report.bad_records()
+        if not store.report.read:
+            report.bad.append(f"{path}: holds no record.")
         report.shapes.update(store.report.shapes)
         stores.append(store)
         for index in range(len(store)):

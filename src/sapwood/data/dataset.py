@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sapwood.data import LearnsFrom, Progress, Record
 from sapwood.data.section import DataSection, SourceSection
 from sapwood.data.store import SourceReport, Store, open_store
+from sapwood.data.words import counted
 from sapwood.errors import DataError
 from sapwood.types import Message
 
@@ -52,18 +53,19 @@ class Report:
 
     def lines(self, show: int = 5) -> list[str]:
         """What a user should know, with the first bad records."""
-        lines = [f"data: {self.train:,} records to learn from, {self.held_out:,} held out"]
+        lines = [f"data: {counted(self.train, 'record')} to learn from, {self.held_out:,} held out"]
         for source in self.sources:
             notes = [f"{source.bad:,} bad, skipped"] if source.bad else []
             notes += [f"{count:,} left out: {reason}" for reason, count in source.left_out.items()]
-            notes += [f"{source.duplicates:,} duplicates"] if source.duplicates else []
+            notes += [counted(source.duplicates, "duplicate")] if source.duplicates else []
             if notes:
                 lines.append(f"data: {source.path}: {source.read:,} read; {'; '.join(notes)}")
         if self.in_eval:
-            lines.append(f"data: {self.in_eval:,} records have a prompt of eval_sources and are not learnt from")
+            have = counted(self.in_eval, "record has a prompt", "records have a prompt")
+            lines.append(f"data: {have} of eval_sources, not learnt from")
         for number, problem in enumerate(self.bad_records()):
             if number == show:
-                lines.append(f"data: and {self.bad - show:,} more bad records")
+                lines.append(f"data: and {counted(self.bad - show, 'more bad record')}")
                 break
             lines.append(f"data: {problem}")
         return lines

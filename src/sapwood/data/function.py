@@ -12,6 +12,7 @@ from typing import Any
 from sapwood import plugins
 from sapwood.data.read import Consumed, Entry, Input
 from sapwood.data.section import SourceSection
+from sapwood.data.words import described
 from sapwood.errors import DataError
 
 _EVERY = 2000  # records between two reports of progress
@@ -57,13 +58,13 @@ class FunctionInput(Input):
             if isinstance(item, Mapping):
                 yield number, dict(item), ""
             else:
-                yield number, None, f"is a {type(item).__name__}, not a mapping of fields; yield a dict a record"
+                yield number, None, f"must be a mapping of fields, not {described(item)}; yield a dict a record"
 
     def _items(self) -> Iterator[Any]:
         what = f"data {self.name!r}"
         made = plugins.call(what, self._function)
         if isinstance(made, str | bytes | Mapping) or not isinstance(made, Iterable):
-            raise DataError(f"{what} returned a {type(made).__name__}; yield records, or return a list of them.")
+            raise DataError(f"{what} returned {described(made)}; yield records, or return a list of them.")
         items, end = islice(made, self.source.max_samples), object()
         while (item := plugins.call(what, next, items, end)) is not end:
             yield item

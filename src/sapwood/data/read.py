@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from sapwood.data.section import SourceSection
+from sapwood.data.words import described
 from sapwood.errors import DataError
 
 Entry = tuple[int, "dict[str, Any] | None", str]
@@ -255,12 +256,7 @@ def _json_lines(stream: Iterable[bytes]) -> Iterator[Entry]:
 def _object(number: int, value: Any) -> Entry:
     if type(value) is dict:
         return number, value, ""
-    return number, None, f"must be a JSON object with named fields, not {_kind(value)}"
-
-
-def _kind(value: Any) -> str:
-    kinds = {list: "an array", str: "text", int: "a number", float: "a number", bool: "true or false"}
-    return kinds.get(type(value), "null")
+    return number, None, f"must be a JSON object with named fields, not {described(value)}"
 
 
 class _Buffer:

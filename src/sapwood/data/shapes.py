@@ -16,6 +16,7 @@ from typing import Any
 
 from sapwood.data import LearnsFrom, Record
 from sapwood.data.section import PARTS, Shape, SourceSection
+from sapwood.data.words import described
 from sapwood.types import Message
 
 Messages = tuple[Message, ...]
@@ -103,7 +104,13 @@ class Normaliser:
         present = tuple([name for name, value in fields.items() if value is not None])
         plan = self._plans.get(present)
         if plan is None:
-            plan = self._plans.setdefault(present, self._plan(present))
+            try:
+                plan = self._plans.setdefault(present, self._plan(present))
+            except BadRecord as error:
+                inside = next((name for name in present if _are_records(fields[name])), None)
+                if inside is None:
+                    raise
+                raise BadRecord(f"holds records under {inside!r}; save that list as a file of its own") from error
         for name in plan.media:
             if fields[name] and not isinstance(fields[name], str):
                 raise BadRecord(f"the field {name!r} holds media, and Sapwood trains on text; leave the record out")
@@ -168,6 +175,11 @@ class Normaliser:
         )
 
 
+def _are_records(value: Any) -> bool:
+    """Whether a value is a list of objects that are no messages."""
+    return type(value) is list and bool(value) and type(value[0]) is dict and not {"role", "from"} & set(value[0])
+
+
 def _fields(present: Sequence[str], wanted: str | None = None) -> str:
     near = difflib.get_close_matches(wanted, present, n=1) if wanted else []
     known = f"its fields are {', '.join(present)}" if present else "it has no field with a value"
@@ -206,13 +218,7 @@ def text(value: Any, where: str) -> str:
         if not math.isfinite(value):
             raise BadRecord(f"{where} is {value}, a missing value; fill it in or remove the record")
         return str(value)
-    raise BadRecord(f"{where} must be text, not {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), type(value).__name__)
+    raise BadRecord(f"{where} must be text, not {described(value)}")
 
 
 def number(value: Any, where: str) -> float:
@@ -223,7 +229,7 @@ def number(value: Any, where: str) -> float:
         except ValueError:
             raise BadRecord(f"{where} is {value[:40]!r}, not a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRecord(f"{where} must be a number, not {_kind(value)}")
+        raise BadRecord(f"{where} must be a number, not {described(value)}")
     if not math.isfinite(value):
         raise BadRecord(f"{where} is {value}; rewards and margins must be finite numbers")
     return float(value)
@@ -232,7 +238,7 @@ def number(value: Any, where: str) -> float:
 def messages(value: Any, where: str) -> Messages:
     """A list of {role, content} or {from, value} objects. Raises BadRecord."""
     if type(value) is not list:
-        raise BadRecord(f"{where} must be a list of messages, not {_kind(value)}")
+        raise BadRecord(f"{where} must be a list of messages, not {described(value)}")
     if not value:
         raise BadRecord(f"{where} is an empty list of messages")
     return tuple([_message(item, where, index) for index, item in enumerate(value)])
@@ -240,7 +246,7 @@ def messages(value: Any, where: str) -> Messages:
 
 def _message(item: Any, where: str, index: int) -> Message:
     if type(item) is not dict:
-        raise BadRecord(f"{where}, message {index}: must be an object with role and content, not {_kind(item)}")
+        raise BadRecord(f"{where}, message {index}: must be an object with role and content, not {described(item)}")
     role = item.get("role")
     if role is None:
         role = item.get("from")
@@ -259,7 +265,7 @@ def _message(item: Any, where: str, index: int) -> Message:
     if content is None and item.get("tool_calls"):
         raise BadRecord(f"{where}, message {index}: calls tools, which a text record can't hold; leave the record out")
     if type(content) is not str:
-        raise BadRecord(f"{where}, message {index}: content must be text, not {_kind(content)}")
+        raise BadRecord(f"{where}, message {index}: content must be text, not {described(content)}")
     if not content or content.isspace():
         raise BadRecord(f"{where}, message {index}: the {known}'s content is empty; fill it in or remove the record")
     return Message(known, content)
@@ -275,10 +281,8 @@ def _joined(parts: list[Any], where: str, index: int) -> str:
         elif isinstance(part, str):
             texts.append(part)
         else:
-            raise BadRecord(
-                f"{where}, message {index}: holds a part of type {kind or _kind(part)!r}, and Sapwood trains on text; "
-                "leave the record out"
-            )
+            what = f"a part of type {kind!r}" if kind else f"{described(part)} as a part"
+            raise BadRecord(f"{where}, message {index}: holds {what}, and Sapwood trains on text; leave the record out")
     return "".join(texts)
 
 
@@ -441,7 +445,7 @@ def _read_transcripts(fields: _Fields) -> Record:
         where = f"field {fields.name(part)!r}"
         value = fields.get(part)
         if not isinstance(value, str):
-            raise BadRecord(f"{where} must be a transcript, not {_kind(value)}")
+            raise BadRecord(f"{where} must be a transcript, not {described(value)}")
         turns = transcript(value, where)
         if turns[-1:] == () or turns[-1].role != "assistant":
             raise BadRecord(f"{where}: the Assistant's last turn is empty or missing")

@@ -29,6 +29,7 @@ from sapwood.data import LearnsFrom, Progress, Record
 from sapwood.data.read import Input, resolve
 from sapwood.data.section import SourceSection
 from sapwood.data.shapes import BadRecord, LeftOut, Normaliser
+from sapwood.data.words import counted
 from sapwood.errors import DataError, StorageError
 from sapwood.paths import cache_dir
 from sapwood.types import Message
@@ -163,7 +164,7 @@ def _strict(problem: str) -> DataError:
 
 def _nothing(report: SourceReport, first: str | None) -> str:
     if first is not None:
-        return f"{report.path}: none of its {report.read} records is good; the first: {first}."
+        return f"{report.path}: of {counted(report.read, 'record')} none is good; the first: {first.rstrip('.')}."
     if report.left_out:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in report.left_out.items())
         return f"{report.path}: no record is left to learn from: {reasons}."

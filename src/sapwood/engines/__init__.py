@@ -21,7 +21,7 @@ from sapwood.types import Floats, Ids, StopReason
 class Sampling(BaseModel):
     """Sampling options, in the order they are applied. temperature 0 is greedy (logprobs then use temperature 1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(1.0, ge=0.0)
     top_k: int = Field(0, ge=0, description="keep the k most probable tokens; 0 keeps all")

@@ -44,7 +44,7 @@ _LEAST_CHUNK = 64
 class LocalOptions(BaseModel):
     """Options of the recipe's `engine` section for the local engine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_batch: int = Field(default=64, ge=1, description="rows that run at the same time")
     kv_budget_tokens: int = Field(default=65536, ge=1, description="tokens whose keys and values are kept")

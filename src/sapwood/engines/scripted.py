@@ -23,7 +23,7 @@ Reply = Callable[[str, Request], str] | Sequence[str]
 class OPTIONS(BaseModel):
     """The options that a recipe can give."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     reply: tuple[str, ...] = Field(default=("",), min_length=1)
     tokens_per_step: int | None = Field(default=None, ge=1)

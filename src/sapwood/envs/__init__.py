@@ -63,7 +63,7 @@ class Env(ABC):
 class EnvFamily(BaseModel, ABC):
     """Makes tasks and environments; its fields are the options of the recipe's `env` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     #: Whether its steps pay. A world that only asks leaves it to the recipe's rewards to say what a reply is worth.
     pays: ClassVar[bool] = True

@@ -174,9 +174,13 @@ def _read(path: Path) -> tuple[tuple[dict[str, Any], str], ...]:
 def _read_version(path: Path, modified: int, size: int) -> tuple[tuple[dict[str, Any], str], ...]:
     """As `_read`; a file is parsed once for as long as it doesn't change."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as UTF-8 text: {error}.") from error
+        content = path.read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines would also cut at U+2028
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise DataError(f"{path}, line {line}: 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from error
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -187,7 +191,7 @@ def _read_version(path: Path, modified: int, size: int) -> tuple[tuple[dict[str,
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
         if not isinstance(item, dict):
-            raise DataError(f"{where}: must be a JSON object, not {type(item).__name__}.")
+            raise DataError(f"{where}: must be a JSON object with named fields.")
         items.append((item, where))
     if not items:
         raise DataError(f"{path}: no line holds a prompt.")

@@ -52,7 +52,7 @@ _FUNCTIONS = frozenset({"exp", "log", "ln", "sqrt", "sin", "cos", "tan", "sec", 
 class Mixed(BaseModel):
     """One task of a mixture: drawn with a probability proportional to weight; options: of its generator."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str
     weight: float = Field(default=1.0, gt=0)

@@ -18,7 +18,7 @@ from sapwood.types import Group
 class Metric(BaseModel, ABC):
     """Measures held-out groups; its fields are the options of its entry under `eval.metrics`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def attempts(self) -> int:

@@ -14,7 +14,7 @@ from sapwood.types import Group
 class Reward(BaseModel, ABC):
     """Scores every trajectory of a batch of groups; its fields are the options of its entry under `rewards`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: float = 1.0
 
@@ -23,6 +23,10 @@ class Reward(BaseModel, ABC):
 
         For rewards that are models themselves and may share the run's base. Raises SapwoodError where they can't work.
         """
+
+    def needs_world(self) -> str | None:
+        """Why it would pay nothing for a single reply to a prompt, without a world; None where it would."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """What outlives a batch (a novelty archive, running moments), to checkpoint: plain data and tensors."""

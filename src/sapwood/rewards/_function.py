@@ -5,6 +5,7 @@ What a function is given is in `OFFERED`, by the names of its parameters; metric
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,8 @@ def signature_of(
     base: the class that the fields will join, whose names they can't take. Raises ConfigError.
     """
     where = title(kind, function)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError(f"{where}: it is async, and is called plainly; write it with def.")
     try:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
     except (NameError, TypeError, ValueError) as error:
@@ -134,9 +137,20 @@ def plain(value: Any) -> Any:
     return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    with contextlib.suppress(ValueError):  # an integer of thousands of digits has no text
+        written = repr(value)
+        return written if len(written) <= 80 else f"{written[:77]}..."
+    return f"a {type(value).__name__} too large to write"
+
+
 def is_number(value: Any) -> bool:
-    """Whether a plain value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether a plain value is a finite number, as a float."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _checked(function: Callable[..., Any], returned: Any, trajectories: Sequence[Trajectory]) -> list[dict[str, float]]:
@@ -149,7 +163,7 @@ def _checked(function: Callable[..., Any], returned: Any, trajectories: Sequence
         )
     if len(values) != len(trajectories):
         raise DataError(
-            f"{where} returned {len(values)} scores for {len(trajectories)} replies; return one for each, in order."
+            f"{where} returned {len(values)} of {len(trajectories)} scores; return one for each reply, in order."
         )
     return [
         _parts(f"{where}, reply {i} (task {trajectory.task.id!r})", function.__name__, value)
@@ -160,8 +174,10 @@ def _checked(function: Callable[..., Any], returned: Any, trajectories: Sequence
 def _parts(where: str, name: str, value: Any) -> dict[str, float]:
     parts = value if isinstance(value, Mapping) else {name: value}
     numbers = {part: plain(given) for part, given in parts.items()}
+    if not numbers:
+        raise DataError(f"{where}: it returned an empty dict; for a reply that can't be judged, say what it is worth.")
     for part, number in numbers.items():
         if not isinstance(part, str) or not is_number(number):
             said = f" as {part!r}" if isinstance(value, Mapping) else ""
-            raise DataError(f"{where}: it returned {number!r}{said}; every score must be a finite number.")
+            raise DataError(f"{where}: it returned {short(number)}{said}; every score must be a finite number.")
     return {part: float(number) for part, number in numbers.items()}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from sapwood.errors import DataError
 from sapwood.rewards import Reward
 from sapwood.types import Group, Trajectory
 
@@ -32,7 +33,8 @@ class ExactMatch(Reward):
         return checked_pattern(pattern)
 
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
-        """parts[g][i] = {"exact_match": 0.0 or 1.0}."""
+        """parts[g][i] = {"exact_match": 0.0 or 1.0}. Raises DataError where no task has an answer."""
+        check_answers("exact_match", groups)
         return [[{"exact_match": self._match(t)} for t in group.trajectories] for group in groups]
 
     def _match(self, trajectory: Trajectory) -> float:
@@ -68,6 +70,17 @@ def _number(text: str) -> float | None:
         return float(text.replace(",", ""))
     except ValueError:
         return None
+
+
+def check_answers(name: str, groups: Sequence[Group]) -> None:
+    """Refuse groups of which none has an answer: whatever was said would be wrong. Raises DataError."""
+    if groups and all(group.task.answer is None for group in groups):
+        task = groups[0].task
+        where = task.metadata.get("source") or f"task {task.id!r}"
+        raise DataError(
+            f"reward {name!r} compares with the task's answer, and {where} has none; map the field that holds it "
+            "(data.answer or data.output), or choose another reward."
+        )
 
 
 def checked_pattern(pattern: str | None) -> str | None:

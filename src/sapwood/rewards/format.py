@@ -30,6 +30,10 @@ class Format(Reward):
             raise ValueError(f"not a regular expression: {error}") from error
         return pattern
 
+    def needs_world(self) -> str | None:
+        """Without a pattern, how the world parsed the reply decides."""
+        return None if self.pattern is not None else "format reads what an env parsed, and there is none: give pattern."
+
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
         """parts[g][i] = {"format": share of well-formed replies in 0..1}; 0 for an episode without a turn."""
         return [[{"format": self._share(t.turns)} for t in group.trajectories] for group in groups]

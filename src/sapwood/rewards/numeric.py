@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from sapwood.rewards import Reward
-from sapwood.rewards.exact_match import checked_pattern
+from sapwood.rewards.exact_match import check_answers, checked_pattern
 from sapwood.types import Group, Trajectory
 
 # Longer numbers, or exponents, are no answers, and exact arithmetic with them would take for ever.
@@ -58,7 +58,11 @@ class Numeric(Reward):
         return checked_pattern(pattern)
 
     def score(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
-        """parts[g][i] = {"numeric": 0.0 or 1.0}; 0 where reply or answer holds no number."""
+        """parts[g][i] = {"numeric": 0.0 or 1.0}; 0 where reply or answer holds no number.
+
+        Raises DataError where no task has an answer.
+        """
+        check_answers("numeric", groups)
         return [[{"numeric": float(self._right(t))} for t in group.trajectories] for group in groups]
 
     def _right(self, trajectory: Trajectory) -> bool:
