@@ -14,10 +14,10 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: 
         return peak * step / warmup
     if schedule == "constant":
         return peak
-    span = total - warmup + 1
-    # The step after warm-up runs at the peak and the last one just above the minimum, never at it: a last step at a
-    # rate of zero would be a rollout wasted.
-    progress = (step - max(warmup, 1)) / span
+    # The step that ends the warm-up (without one, the first) runs at the peak and the last one just above the minimum,
+    # never at it: a last step at a rate of zero would be a rollout wasted.
+    at_peak = max(warmup, 1)
+    progress = (step - at_peak) / (total - at_peak + 1)
     if schedule == "linear":
         return minimum + (peak - minimum) * (1.0 - progress)
     if schedule == "cosine":
