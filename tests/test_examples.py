@@ -17,6 +17,7 @@ from sapwood.config import parse_recipe
 from sapwood.envs.check import check_env
 from sapwood.plugins import load
 from sapwood.run import read_metrics
+from sapwood.trackers.check import check_tracker
 from sapwood.train import train
 from sapwood.types import Floats, Group, Ids, StopReason, Task, Trajectory, Turn
 from tests.conftest import make_row
@@ -95,6 +96,16 @@ def test_custom_reward_function_and_metrics(model_dir, tmp_path, monkeypatch):
     names = {name for line in logged for name in line}
     for name in ("reward/closeness", "reward/length", "numbers/bare", "numbers/paid", "agreement", "response_length"):
         assert any(logged_name.endswith(name) for logged_name in names), (name, sorted(names))
+
+
+def test_custom_tracker(tmp_path):
+    module = imported("custom_tracker")
+    check_tracker(module.Table(columns=("loss", "eval/pass@8")), tmp_path)
+    # The first session had the steps 0 to 3, the second goes on after 2.
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[0] == "step,loss,eval/pass@8"
+    assert [line.split(",")[0] for line in lines[1:]] == ["0", "1", "2", "3", "4", "5"]
+    assert lines[4] == "3,1.0,1.0"
 
 
 def test_custom_functions_by_hand():

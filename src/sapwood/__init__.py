@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sapwood.rewards import Reward
     from sapwood.rollout import collect, to_rows
     from sapwood.run import Run, read_metrics
+    from sapwood.trackers import Tracker
     from sapwood.tree import TokenTree
     from sapwood.types import Group, Message, Row, Task, Trajectory, Turn
 
@@ -44,6 +45,7 @@ _HOMES = {
     "sapwood.rewards": ("Reward",),
     "sapwood.rollout": ("collect", "to_rows"),
     "sapwood.run": ("Run", "read_metrics"),
+    "sapwood.trackers": ("Tracker",),
     "sapwood.tree": ("TokenTree",),
     "sapwood.types": ("Group", "Message", "Row", "Task", "Trajectory", "Turn"),
 }
@@ -71,6 +73,7 @@ __all__ = [
     "Step",
     "Task",
     "TokenTree",
+    "Tracker",
     "Trajectory",
     "Turn",
     "collect",

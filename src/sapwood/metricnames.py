@@ -284,9 +284,6 @@ loading_seconds | s | all | 0 ..
 checkpoint_seconds | s | all | 0 ..
   Waiting for checkpoints since the row before: copying what is trained, and for the one before to be on disk.
   > A small part; where it isn't, save less often.
-checkpoint_seconds | s | all | 0 ..
-  What training stood still for while the checkpoint before was written.
-  > A small part; 0 at most steps.
 tokens_per_second | tokens/s | all | 0 ..
   Sampled tokens over sampling; of data, learnt tokens over the step.
   > Steady.
