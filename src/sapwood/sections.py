@@ -311,13 +311,13 @@ class GuardLimits(Section):
     target_kl_stops: Annotated[int, Field(ge=1, le=60)] = 10
     reward_hacking: Factor = 3.0
     reward_collapse: Limit = 0.25
-    reward_stalled: Positive = 50
+    reward_stalled: Positive = 100
     no_signal: Share = 0.75
     env_failures: Share = 0.2
     parse_failures: Share = 0.5
     length_limit: Share = 0.5
     value_divergence: Factor = 5.0
-    gradient_spike: Factor = 5.0
+    gradient_spike: Factor = 10.0
     loss_divergence: Factor = 1.5
     overfitting: Limit = 0.05
     chosen_falls: Limit = 0.5

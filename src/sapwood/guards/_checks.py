@@ -323,7 +323,8 @@ def loss_divergence(h: History, limits: GuardLimits) -> Finding | None:
     if start is None or now is None or loss.lowest is None or loss.seen < 2 * WINDOW:
         return None
     best, worst_of_best = loss.lowest
-    if min(last) <= worst_of_best or now <= limits.loss_divergence * best or now - best <= 0.25 * abs(start):
+    risen = now - best > max(0.25 * abs(start), 5.0 * loss.noise)
+    if not risen or min(last) <= worst_of_best or now <= limits.loss_divergence * best:
         return None
     return Finding(f"the training loss rose from {best:.3g} at its best to {now:.3g}.", {"loss": now})
 
@@ -353,7 +354,8 @@ def chosen_falls(h: History, limits: GuardLimits) -> Finding | None:
     assert now is not None
     assert apart is not None
     fall, growth = chosen.start - now, apart - margin.start
-    if growth <= 0.0 or fall <= limits.chosen_falls * growth or fall <= 2.0 * chosen.noise / LONG**0.5:
+    error = 1.2533 * chosen.noise * math.sqrt(1.0 / WINDOW + 1.0 / LONG)  # of the difference of two medians
+    if growth <= 0.0 or fall - 3.0 * error <= limits.chosen_falls * growth:
         return None
     return Finding(
         f"the chosen replies' implicit reward fell by {fall:.3g} while the margin grew by {growth:.3g}: they become "

@@ -56,7 +56,8 @@ def noise(values: Sequence[float]) -> float:
 class Series:
     """A metric's history. first: its first WINDOW values; recent: its last RECENT ones; seen: how many there were.
 
-    highest, lowest: (median, worst value) of the WINDOW neighbouring values with the highest, and lowest, median.
+    highest: (median, least) of the WINDOW neighbouring values with the highest median; lowest: (median, greatest) of
+    those with the lowest.
     """
 
     first: list[float] = field(default_factory=list)
@@ -74,10 +75,8 @@ class Series:
         if self.seen >= WINDOW:
             window = self.recent[-WINDOW:]
             middle = statistics.median(window)
-            if self.highest is None or middle > self.highest[0]:
-                self.highest = (middle, min(window))
-            if self.lowest is None or middle < self.lowest[0]:
-                self.lowest = (middle, max(window))
+            self.highest = max(self.highest or (-math.inf, 0.0), (middle, min(window)))
+            self.lowest = min(self.lowest or (math.inf, 0.0), (middle, max(window)))
 
     @property
     def noise(self) -> float:
