@@ -13,9 +13,14 @@ Names load on first use, so that importing the package costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+# PEFT imports bitsandbytes wherever that is installed, and it warns of casts and of kernels that the dequantised
+# product (sapwood.models.quantised) doesn't use. Whichever module of ours comes first, this one came before it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from sapwood.algorithms import Algorithm
