@@ -515,7 +515,7 @@ def test_a_record_is_plain_and_finite():
     assert record["step"] == 3
     assert record["message"] == "loss is not finite."
     assert "lower optim.learning_rate (1e-05 here), by half to begin with" in record["remedies"]
-    assert alarm.sentence().startswith("warning not_finite at step 3: loss is not finite. Try: `sapwood replay`")
+    assert alarm.sentence().startswith("not_finite at step 3: loss is not finite. Try: `sapwood replay`")
 
 
 def test_a_watch_that_is_saved_and_loaded_goes_on_as_if_nothing_had_been():

@@ -57,7 +57,7 @@ class Alarm:
     def sentence(self) -> str:
         """One line for the log: name, message and the first remedy."""
         first = f" Try: {self.remedies[0]}." if self.remedies else ""
-        return f"warning {self.name} at step {self.step}: {self.message}{first}"
+        return f"{self.name} at step {self.step}: {self.message}{first}"
 
     def reason_to_stop(self) -> str:
         """The sentence with which a run ends because of it."""

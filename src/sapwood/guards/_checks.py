@@ -70,7 +70,7 @@ def entropy_collapse(h: History, limits: GuardLimits) -> Finding | None:
     alike = (equal is not None and equal >= 0.5) or (distinct is not None and distinct <= 0.25)
     if known and not alike:
         return None  # a confident policy that still tries different things
-    message = f"entropy fell to {now:.3g} nats a token, {now / start:.0%} of its start ({start:.3g})"
+    message = f"entropy fell to {now:.3g} nats a token, {now / start:.1%} of its start ({start:.3g})"
     told = {"entropy": now}
     if equal is not None:
         message += f", and in {equal:.0%} of the groups all rewards are equal"
