@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,11 +16,16 @@ from typing import Any
 import yaml
 
 START = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
-TALK = (
-    "the zone is warm so less power is needed while outside air stays cool and people leave at six which means heating "
-    "can rest until morning then rise again before the first meeting keep comfort between bounds and save energy"
+SAYINGS = (
+    "The zone is {warm} than people like, and outside it is {warm} still.",
+    "Nobody is in before eight, so there is time.",
+    "Power costs more from noon on; less of it is better as long as the zone stays in its bounds.",
+    "The last action was too {strong}: the temperature went past the target.",
+    "Half of the people leave at five, and their heat with them.",
+    "The walls keep the heat of the day for some hours.",
+    "A smaller change than the last one should hold it near 24 C.",
+    "The sun comes in from the west at this hour.",
 )
-WORDS = TALK.split()
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def _environment(shape: Shape) -> dict[str, Any]:
 
 def _metrics(step: int, shape: Shape, rng: random.Random) -> dict[str, Any]:
     """A record of metrics.jsonl; learning is a saturating curve with noise."""
-    gain = 1 - math.exp(-2.4 * step / shape.steps)
+    gain = _gain(step, shape)
     found: dict[str, Any] = {"step": step}
     if step % shape.eval_every == 0 or step == shape.steps:
         found |= _held_out_metrics(shape, gain, rng)
@@ -204,6 +210,11 @@ def _metrics(step: int, shape: Shape, rng: random.Random) -> dict[str, Any]:
     if shape.algorithm == "ppo":
         found |= {"value_loss": 0.8 * math.exp(-2 * gain) + abs(noise(0, 0.03)), "explained_variance": 0.8 * gain}
     return found
+
+
+def _gain(step: int, shape: Shape) -> float:
+    """How much has been learnt, 0 to nearly 1; the larger the seed, the slower."""
+    return 1 - math.exp(-2.4 * step / shape.steps / (1 + 0.7 * shape.seed))
 
 
 def _held_out_metrics(shape: Shape, gain: float, rng: random.Random) -> dict[str, Any]:
@@ -315,13 +326,15 @@ def _groups(step: int, shape: Shape, rng: random.Random, split: str) -> list[dic
     held_out = split == "eval"
     tasks = shape.eval_tasks if held_out else shape.tasks
     members = 1 if held_out else {"sft": 1, "dpo": 2}.get(shape.algorithm, shape.attempts)
-    gain = 1 - math.exp(-2.4 * step / shape.steps)
+    gain = _gain(step, shape)
     found = []
     for group in range(tasks):
         hour = random.Random(f"{split} {group if held_out else (step, group)}").randrange(24)
         name = f"{shape.text or 'office'}-{split}-{group if held_out else step * 100 + group}"
         for member in range(members):
             found.append(_trajectory(step, shape, rng, name, hour, group, member, gain))
+    for turn in [turn for one in found for turn in one["turns"] if held_out]:
+        turn |= {"advantages": None, "ratios": None, "logprobs": None}  # nothing is learnt from them
     return found
 
 
@@ -359,18 +372,12 @@ def _trajectory(
 def _made_turn(
     shape: Shape, rng: random.Random, hour: int, reward: float, fails: bool, data: bool, told: str | None, first: bool
 ) -> dict[str, Any]:
-    words = [rng.choice(WORDS) for _ in range(max(2, int(shape.tokens * rng.uniform(0.5, 1.2)) - 8))]
-    tokens = [
-        words[0].capitalize(),
-        *(f" {word}" for word in words[1:]),
-        ".",
-        "\n",
-        '{"',
-        "power",
-        '":',
-        f" {rng.randrange(100)}",
-        "}",
-    ]
+    tokens: list[str] = []
+    while len(tokens) < shape.tokens - 10:
+        warm, strong = rng.choice(("warmer", "cooler")), rng.choice(("strong", "weak"))
+        said = rng.choice(SAYINGS).format(warm=warm, strong=strong)
+        tokens += re.findall(r" ?\w+|[^\w ]", f" {said}" if tokens else said)
+    tokens += ["\n", '{"', "power", '":', f" {rng.randrange(-90, 90)}", "}"]
     if told:
         tokens = [told[i : i + 3] for i in range(0, len(told), 3)]
     turn = record("", "".join(tokens), [*tokens, "<|im_end|>"], reward, rng=rng)["turns"][0]
@@ -382,6 +389,9 @@ def _made_turn(
         turn["prompt"] = (
             told or f"<|im_start|>user\nIt is {hour % 24}:00. The zone is at 25.1 C.<|im_end|>\n<|im_start|>assistant\n"
         )
+    if shape.algorithm == "ppo":  # credit a token, of which the last ones decide
+        n = len(turn["tokens"])
+        turn["advantages"] = [round((i / n) ** 3 * reward + rng.gauss(0, 0.25), 6) for i in range(n)]
     turn["stop_reason"] = told or ("length" if rng.random() < 0.05 else "eos")
     if data:
         turn |= {"sampled_logprobs": [], "info": {}}

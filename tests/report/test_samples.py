@@ -118,6 +118,32 @@ def test_records_of_older_and_foreign_files(tmp_path: Path) -> None:
     assert len(tokens) == 5
 
 
+def test_files_of_prompts_and_replies_and_json_arrays(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "short"}, {"role": "user", "content": "how many?"}]
+    (tmp_path / "g.jsonl").write_text(
+        json.dumps({"prompt": talk, "reply": "three", "stop_reason": "eos", "tokens": 1, "sample": 2})
+        + "\n"
+        + json.dumps({"prompt": "why?", "reply": "so", "stop_reason": "length", "tokens": 1})
+        + "\n"
+    )
+    found = pack_file(SampleFile(tmp_path / "g.jsonl", "file", 0))
+    assert found.tasks == ["how many?", "why?"]
+    assert [(row[2], row[6], row[8]) for row in found.rows] == [(2, 0, "three"), (None, CUT, "so")]
+    texts, _ = opened(found)
+    assert [role for role, _ in texts["records"][0]["messages"]] == ["system", "user"]
+    assert texts["records"][0]["turns"][0]["prompt"] is None
+    for name, content in (
+        ("a.json", [record("t", "x", ["x"])]),
+        ("b.json", {"version": 1, "steps": [record("t", "x", [])]}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content, indent=2))
+        assert len(pack_file(SampleFile(tmp_path / name, "file", 0)).rows) == 1
+    for content, told in (("[{", "not JSON, or cut short"), ("3", "holds no array of records")):
+        (tmp_path / "c.json").write_text(content)
+        [problem] = pack_file(SampleFile(tmp_path / "c.json", "file", 0)).problems
+        assert told in problem
+
+
 def test_texts_that_utf8_has_no_bytes_for_and_huge_ones(tmp_path: Path) -> None:
     huge = "x" * 1_000_000
     found = packed(

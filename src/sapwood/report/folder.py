@@ -70,7 +70,7 @@ class RunFolder:
 
     def state(self, final: bool = False) -> dict[str, Any]:
         """Everything but the samples. final: nobody watches, so a line cut short is a finding and not on its way."""
-        if self.bare:
+        if self.bare:  # the samples are all that there is
             return _bare_state(self.name, self.path)
         stamp = self._stamp()
         if self._whole is None or stamp != self._stamped:

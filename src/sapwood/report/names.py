@@ -148,6 +148,10 @@ _HINTS: tuple[tuple[str, str], ...] = (
 )
 
 
+#: Units that say more than the title does.
+_UNITS = ("nats a token", "nats a reply", "tokens", "tokens/s", "s", "passes")
+
+
 @dataclass(frozen=True)
 class Place:
     """group: one of GROUPS; title: for people; rank: order within the group; unit, meaning, healthy: "" if unknown."""
@@ -166,8 +170,9 @@ def place(name: str, speed: bool = False) -> Place:
     info = described(name)
     if info is None:
         return Place("Speed" if speed else group, title, rank)
-    unit = info.unit.partition(";")[0].replace("^2", "\u00b2")
-    return Place("Speed" if speed else group, title, rank, "" if unit == "-" else unit, info.meaning, info.healthy)
+    unit = info.unit.partition(";")[0]
+    shown = unit if unit in _UNITS else ""
+    return Place("Speed" if speed else group, title, rank, shown, info.meaning, info.healthy)
 
 
 def _standing(bare: str) -> tuple[str, str, int]:

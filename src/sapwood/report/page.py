@@ -60,14 +60,14 @@ class Written:
     total: int
 
 
-def write_report(runs: Iterable[Path | str], out: Path | None = None, max_samples: int = 10_000) -> Written:
+def write_report(runs: Iterable[Path | str], out: Path | str | None = None, max_samples: int = 10_000) -> Written:
     """Write one page about run folders (or bare files of trajectories) that needs nothing but a browser.
 
     out: report.html in the folder of the only run, or here, unless given. max_samples: trajectories of all runs
     together; the page says what is left out. Raises StorageError.
     """
     folders = [RunFolder(path) for path in runs]
-    path = _target(folders, out)
+    path = _target(folders, None if out is None else Path(out))
     report = envelope(folders, live=False)
     report["runs"] = [folder.state(final=True) for folder in folders]
     counted = _Counted()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sapwood.report.reading import Damaged, Problems, finite, lines, parse_line, shorter, whole
+from sapwood.report.reading import Damaged, Problems, finite, lines, parse_line, read_json, shorter, whole
 
 #: A chunk ends at so many trajectories, or so many characters.
 CHUNK_ROWS, CHUNK_CHARACTERS = 48, 400_000
@@ -115,6 +115,9 @@ def count(file: SampleFile) -> int:
 
 def read_records(file: SampleFile, problems: list[str]) -> Iterator[dict[str, Any]]:
     """The records of a file; what can't be read is told in `problems` and left out."""
+    if file.kind == "file" and file.path.suffix == ".json":
+        yield from _array(file, problems)
+        return
     number, bad = 0, 0
     try:
         for number, line in enumerate(lines(file.path), start=1):
@@ -133,6 +136,19 @@ def read_records(file: SampleFile, problems: list[str]) -> Iterator[dict[str, An
         problems.append(f"{file.name}: can't be read: {error.strerror or error}.")
     if bad > 3:
         problems.append(f"{file.name}: {bad - 3:,} further lines are not JSON records; left out.")
+
+
+def _array(file: SampleFile, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The records of a JSON array, or of the first array of an object."""
+    found = Problems()
+    data = read_json(file.path.parent, file.name, found)
+    problems += found.told()
+    if isinstance(data, Mapping):
+        data = next((value for value in data.values() if isinstance(value, list)), None)
+    if not isinstance(data, list):
+        problems += [] if found.told() else [f"{file.name}: holds no array of records; left out."]
+        return
+    yield from (item for item in data if isinstance(item, dict))
 
 
 def pack_file(file: SampleFile, most: int | None = None) -> Packed:
@@ -188,13 +204,13 @@ class _Waiting:
 def _row(record: Mapping[str, Any], step: int, tasks: dict[str, int]) -> list[Any]:
     """[task number, group, member, reward, turns, tokens, flags, step, snippet]."""
     turns = _turns(record)
-    task = _text(record.get("task"))[:500]
+    task = _text(record["task"] if "task" in record else _question(record))[:500]
     first = next((_text(turn.get("reply")) for turn in turns if turn.get("reply")), "")
     own_step = whole(record.get("step"))
     return [
         tasks.setdefault(task, len(tasks)),
         whole(record.get("group")),
-        whole(record.get("member")),
+        whole(record.get("member", record.get("sample"))),
         shorter(finite(record.get("reward"))),
         len(turns),
         sum(_length(turn) for turn in turns),
@@ -217,15 +233,11 @@ def _flags(record: Mapping[str, Any], turns: Iterable[Mapping[str, Any]]) -> int
 
 def _texts(record: Mapping[str, Any], refer: Any) -> dict[str, Any]:
     """What is read of a trajectory; texts as numbers in the chunk's strings."""
-    messages = record.get("messages")
+    messages = _messages(record)
     parts = record.get("reward_parts")
     answer = record.get("answer")
     return {
-        "messages": [
-            [_text(m.get("role"))[:100], refer(m.get("content"))]
-            for m in (messages if isinstance(messages, list) else [])
-            if isinstance(m, Mapping)
-        ],
+        "messages": [[_text(m.get("role"))[:100], refer(m.get("content"))] for m in messages],
         "answer": None if answer is None else refer(answer),
         "error": refer(record["error"]) if record.get("error") else None,
         "ended": "terminated" if record.get("terminated") else "truncated" if record.get("truncated") else None,
@@ -288,7 +300,20 @@ def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if isinstance(turns, list):
         return [turn for turn in turns if isinstance(turn, Mapping)]
     # A file of prompts and replies, as `sapwood generate` writes it, is a file of single turns.
-    return [record] if "reply" in record else []
+    prompt = record.get("prompt")
+    return [{**record, "prompt": None if isinstance(prompt, list) else prompt}] if "reply" in record else []
+
+
+def _messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The messages that open a conversation."""
+    found = record.get("messages", record.get("prompt"))
+    return [message for message in found if isinstance(message, Mapping)] if isinstance(found, list) else []
+
+
+def _question(record: Mapping[str, Any]) -> Any:
+    """What stands for the task of a record that names none: the end of what was asked."""
+    messages = _messages(record)
+    return messages[-1].get("content") if messages else record.get("prompt")
 
 
 def _text(value: Any) -> str:

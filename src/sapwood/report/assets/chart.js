@@ -9,6 +9,8 @@ const EDGE = { top: 10, right: 12, bottom: 24, left: 46 };
 // How all charts are drawn, and where their cursor stands.
 export const view = { smoothing: 0.6, log: false, axis: "step", outliers: false, from: null, to: null };
 const charts = new Set();
+// Curves of fewer points are not smoothed: an average of so few would only hide them.
+const FEW = 12;
 
 const seen =
   typeof IntersectionObserver === "undefined"
@@ -166,8 +168,9 @@ export class Chart {
     });
     const pick = (values) => (values ? kept.map((i) => values[i]) : null);
     const raw = pick(y);
-    const shown = line.smooth ? pick(smooth(y, view.smoothing)) : raw;
-    return { ...line, steps: pick(x), x: pick(at), raw, y: shown, lo: pick(line.lo), hi: pick(line.hi) };
+    const smoothed = line.smooth && view.smoothing > 0 && y.length >= FEW;
+    const shown = smoothed ? pick(smooth(y, view.smoothing)) : raw;
+    return { ...line, smoothed, steps: pick(x), x: pick(at), raw, y: shown, lo: pick(line.lo), hi: pick(line.hi) };
   }
 
   scale(lines) {
@@ -188,6 +191,8 @@ export class Chart {
       low = values[Math.floor(0.02 * (values.length - 1))];
       high = values[Math.ceil(0.98 * (values.length - 1))];
     }
+    // What differs in its last digits alone is flat: an axis can't be finer than its numbers.
+    if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) high = low;
     if (view.log) {
       if (low === high) [low, high] = [low / 2, high * 2];
       const pad = (high / low) ** 0.05;
@@ -291,7 +296,7 @@ export class Chart {
           group.append(svg("line", { class: "whisker", x1: x, x2: x, y1: this.py(line.lo[i]) ?? top, y2: this.py(line.hi[i]) ?? bottom }));
         }
       }
-      if (line.smooth && view.smoothing > 0) group.append(svg("path", { class: "line raw", d: this.path(line.x, line.raw) }));
+      if (line.smoothed) group.append(svg("path", { class: "line raw", d: this.path(line.x, line.raw) }));
       group.append(svg("path", { class: line.dots ? "line held-out" : "line", d: this.path(line.x, line.y) }));
       const dots = line.dots || line.x.length < 25;
       if (dots && line.x.length < 120) {
@@ -412,7 +417,7 @@ export class Chart {
           el("span", { class: line.dots ? "swatch hollow" : "swatch" }),
           el("span", { class: "tip-label" }, plain(line.label, 60)),
           el("b", {}, num(line.raw[i], 5)),
-          line.smooth && view.smoothing ? el("i", {}, `smoothed ${num(line.y[i])}`) : null,
+          line.smoothed ? el("i", {}, `smoothed ${num(line.y[i])}`) : null,
           line.lo && line.lo[i] !== null ? el("i", {}, `${num(line.lo[i])} to ${num(line.hi[i])}`) : null,
         ),
       ),

@@ -53,8 +53,9 @@ export function ticks(low, high, about) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= raw * 0.999);
   const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
-  return found;
+  const first = Math.ceil(low / step - 1e-9);
+  for (let k = first; k < first + 100 && k * step <= high + step * 1e-9; k++) found.push(k * step);
+  return found.length ? found : [low];
 }
 
 // Powers of ten, thinned; with 2 and 5 between where there are few.

@@ -147,7 +147,7 @@ function card(app, run, plot) {
     plot ? null : el("header", {}, el("span", { class: "swatch big" }), el("h2", { class: "run-name" }, plain(run.label, 160)), pill(state.status)),
     what.length ? el("p", { class: "what" }, what.map((word, i) => [i ? el("span", { class: "dot-between" }, " \u00b7 ") : null, plain(word, 120)])) : null,
     progress(state),
-    el("p", { class: "status-detail" }, plot ? [pill(state.status), " "] : null, plain(state.status.detail, 500)),
+    el("p", { class: "status-detail" }, plot ? [pill(state.status), " "] : null, sentence(plain(state.status.detail, 500))),
     headline(state),
     plot ? null : spark(run),
     warned ? el("p", { class: "alert" }, el("span", { "aria-hidden": "true" }, "\u25b2 "), `${count(warned)} warning${warned === 1 ? "" : "s"}. `, el("a", { anchor: "timeline" }, "Read them with their remedies")) : null,
@@ -156,6 +156,8 @@ function card(app, run, plot) {
   return el("article", { class: `card run-${run.colour}`, "aria-label": plain(run.label, 100) }, text,
     plot && state.curves.length ? el("div", { class: "card-picture" }, el("h3", { class: "measure" }, plain(shownTitle(run), 80)), plot) : null);
 }
+
+const sentence = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
 function problems(app, run) {
   const all = [...run.state.problems, ...run.problems];

@@ -97,6 +97,7 @@ export function reply(turn, by, most) {
     for (let i = shown; i < to; i++) {
       const node = el("span", { class: /^\s*<\|[^|<>]*\|>$/.test(pieces[i]) ? "token control" : "token", id: `${prefix}-${i}` });
       if (pieces[i].includes("\n")) node.classList.add("newline");
+      if (pieces[i] === "") node.classList.add("part"); // bytes that only the next tokens make a character of
       if (by !== "none") tint(node, by, tokens[by] ? tokens[by][i] : null, most);
       fill(node, pieces[i]);
       part.append(node);
