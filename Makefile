@@ -30,7 +30,7 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(BIN)/pytest -m "slow and not gpu"
 
-# W&B, MLflow and trackio bring 40 packages, so they have an environment of their own, on top of .venv.
+# W&B, MLflow and trackio bring 48 packages, so they have an environment of their own, on top of .venv.
 .venv-trackers/.installed: .venv/.installed constraints-trackers.txt
 	$(BIN)/python -m venv .venv-trackers
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
