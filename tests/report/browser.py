@@ -219,7 +219,7 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
         )
 
-    def media(self, dark: bool = False, kind: str = "screen") -> None:
+    def media(self, dark: bool = False, kind: str = "") -> None:
         """What the system prefers."""
         features = [
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},

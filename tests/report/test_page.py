@@ -167,7 +167,8 @@ def test_places_that_can_not_be_written(tmp_path: Path, capsys: pytest.CaptureFi
 def test_wrong_usage_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 2
     assert main(["report", "x", "--max-samples", "-1"]) == 2
-    assert main(["view", "x", "--port", "many"]) == 2
+    for port in ("many", "-1", "70000"):
+        assert main(["view", "x", "--port", port]) == 2
     capsys.readouterr()
     for command in ("report", "view"):
         assert main([command, str(tmp_path / "none")]) == 1

@@ -26,12 +26,11 @@ def test_gaps_and_what_is_no_number() -> None:
     )
     assert made.names == ["loss", "late"]
     assert made.points("loss") == [(1, 1.0)]
-    assert made.bad_values == {"loss": 2}
     assert made.bad_records == 3
     assert made.last_step == 3
     assert made.curves() == [
-        {"name": "loss", "x": [1, 2, 3], "y": [1, None, None]},
-        {"name": "late", "x": [3], "y": [2]},
+        {"name": "loss", "x": [1, 2, 3], "y": [1, None, None], "gaps": 2},
+        {"name": "late", "x": [3], "y": [2], "gaps": 0},
     ]
 
 

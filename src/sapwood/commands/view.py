@@ -12,7 +12,15 @@ def _arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folders to put side by side, or files of trajectories"
     )
-    made.add_argument("--port", type=int, metavar="N", help="port to listen on, 0 for any (6017, or the next free one)")
+    made.add_argument(
+        "--port", type=_port, metavar="N", help="port to listen on, 0 for any (6017, or the next free one)"
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 65535")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:

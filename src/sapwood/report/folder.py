@@ -15,7 +15,7 @@ from sapwood.report.evaluations import evaluation
 from sapwood.report.names import HEADLINES, place
 from sapwood.report.reading import Problems, Tail, finite, read_json, read_yaml, shorter, whole
 from sapwood.report.recipes import flatten, options
-from sapwood.report.samples import SampleFile, list_samples
+from sapwood.report.samples import SampleFile, holds_trajectories, list_samples
 from sapwood.report.series import Series, clock, longest_seconds
 from sapwood.report.status import lock_held, status_of
 
@@ -47,6 +47,11 @@ class RunFolder:
         if not self.bare and not any((self.path / mark).exists() for mark in _MARKS):
             raise StorageError(
                 f"{self.path}: not a run folder, it has no recipe.yaml, no metrics and no samples{_nearest(self.path)}"
+            )
+        if self.bare and not holds_trajectories(self.path):
+            raise StorageError(
+                f"{self.path}: no run folder and no file of trajectories (JSON records with turns, or with a prompt "
+                "and a reply, as `sapwood rollout` and `sapwood generate` write them)."
             )
         self.folder = self.path.parent if self.bare else self.path
         self._series = {name: (Tail(self.folder, f"{name}.jsonl"), Series()) for name in ("metrics", "timing")}
@@ -142,8 +147,6 @@ class RunFolder:
         for name, (tail, series) in self._series.items():
             if series.bad_records:
                 problems.add(f"{name}.jsonl: records without a step: {series.bad_records:,}; left out.")
-            for metric, times in sorted(series.bad_values.items())[:10]:
-                problems.add(f"{name}.jsonl: {metric} is not a finite number in {times:,} places; its curve has gaps.")
             if series.left_out:
                 many = len(series.left_out)
                 problems.add(f"{name}.jsonl: metrics that are too many, or too long in name: {many:,}; left out.")
@@ -203,8 +206,9 @@ def _nearest(path: Path) -> str:
     above = next((p for p in list(path.resolve().parents)[:3] if (p / "recipe.yaml").is_file()), None)
     if above is not None:
         return f"; did you mean {above}?"
-    below = sorted(p.parent.name for p in path.glob("*/recipe.yaml"))[:3] if path.is_dir() else []
-    return f"; runs below it are {', '.join(below)}." if below else "."
+    found = [*path.glob("*/recipe.yaml"), *path.glob("*/*/recipe.yaml")] if path.is_dir() else []
+    below = [str(p.parent) for p in sorted(found)[:3]]
+    return f"; runs below it are {', '.join(below)}{' ...' if len(found) > 3 else ''}." if below else "."
 
 
 def _steps(recipe: Mapping[str, Any], metrics: Series) -> int | None:

@@ -117,11 +117,12 @@ def _write(file: IO[str], folders: list[RunFolder], report: dict[str, Any], most
         for number, (folder, share) in enumerate(zip(folders, shares, strict=True)):
             problems = Problems()
             choice = choose(folder.samples(problems), share)
-            counted.taken, counted.total = counted.taken + choice.taken, counted.total + choice.total
+            counted.total += choice.total
             told = report["runs"][number]["problems"] + problems.told()
             for place, (sample_file, part) in enumerate(choice.kept):
                 packed = pack_file(sample_file, part)
                 told += packed.problems
+                counted.taken += len(packed.rows)
                 index.append([number, packed.index()])
                 for at, chunk in enumerate(packed.chunks):
                     spool.add(f"c{number}-{place}-{at}-texts", chunk.texts)

@@ -102,6 +102,12 @@ def list_samples(path: Path, problems: Problems) -> list[SampleFile]:
     return sorted(found, key=lambda file: (file.kind, file.step))
 
 
+def holds_trajectories(path: Path) -> bool:
+    """Whether a bare file begins with a record that is one."""
+    first = next(read_records(SampleFile(path, "file", 0), []), {})
+    return "turns" in first or "reply" in first
+
+
 def count(file: SampleFile) -> int:
     """Trajectories of a file, without looking at them."""
     total = 0

@@ -24,13 +24,12 @@ Values = NDArray[np.float64]
 
 @dataclass
 class Series:
-    """Values by name and step. A value that isn't a finite number is a gap in its curve (NaN), and counted."""
+    """Values by name and step. A value that isn't a finite number is a gap in its curve (NaN)."""
 
     _columns: dict[str, tuple[array[int], array[float]]] = field(default_factory=dict)
     records: int = 0
     last_step: int | None = None
     bad_records: int = 0
-    bad_values: dict[str, int] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
 
     def clear(self) -> None:
@@ -65,8 +64,6 @@ class Series:
                     self.left_out.add(name[:NAME_LENGTH])
                 return
             self._columns[name] = (array("q"), array("d"))
-        if number is None:
-            self.bad_values[name] = self.bad_values.get(name, 0) + 1
         steps, values = self._columns[name]
         steps.append(step)
         values.append(math.nan if number is None else number)
@@ -95,12 +92,12 @@ class Series:
         return next((value for at, value in self.points(name) if at == step), None)
 
     def curves(self) -> list[dict[str, Any]]:
-        """One {"name", "x", "y"} a metric that has a finite value, for the page."""
+        """One {"name", "x", "y", "gaps"} a metric that has a finite value, for the page; gaps: values that aren't."""
         found = []
         for name in self._columns:
             steps, values = self.column(name)
             if np.isfinite(values).any():
-                found.append({"name": name, **curve(steps, values)})
+                found.append({"name": name, **curve(steps, values), "gaps": int(np.isnan(values).sum())})
         return found
 
 

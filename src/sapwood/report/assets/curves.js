@@ -42,6 +42,7 @@ function linesOf(app, panel) {
         clock: run.state.clock,
         x: curve.x,
         y: curve.y,
+        gaps: curve.gaps,
         lo: low && high ? matched(curve.x, low) : null,
         hi: low && high ? matched(curve.x, high) : null,
         dots: heldOut,
@@ -143,7 +144,7 @@ export class Curves {
       card.chart.refresh();
       card.value.textContent = this.latest(panel);
       card.held.hidden = !panel.heldOut;
-      card.name.textContent = plain(panel.heldOut ? `eval/${panel.name}` : panel.name, 120) + (panel.unit ? ` \u00b7 ${panel.unit}` : "");
+      card.name.textContent = [plain(panel.heldOut ? `eval/${panel.name}` : panel.name, 120), panel.unit, this.gaps(panel)].filter(Boolean).join(" \u00b7 ");
     }
     this.arrange();
   }
@@ -195,6 +196,12 @@ export class Curves {
     if (lines.length !== 1) return "";
     const last = lines[0].y.findLast((value) => value !== null);
     return last === undefined ? NONE : num(last);
+  }
+
+  // A loss that is not a number now and then is news.
+  gaps(panel) {
+    const times = linesOf(this.app, panel).reduce((sum, line) => sum + line.gaps, 0);
+    return times ? `${times.toLocaleString("en")} not finite` : "";
   }
 
   arrange() {

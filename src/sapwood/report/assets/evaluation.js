@@ -5,7 +5,9 @@ import { NONE, count, interval, num, share, signed, tickLabel, ticks } from "./f
 import { verdict } from "./summary.js";
 import { plain } from "./text.js";
 
-const LESS = /(^|_|\/)(loss|nll|perplexity|kl|cut|failed|fallback|share|max)($|_|\/)/;
+// Where it is known whether more is better; of anything else it is only said which way it went.
+const MORE = /^(return|accuracy|margin|win_rate|reward|reward_chosen|reward\/.*|pass@\d+|parsed)$/;
+const LESS = /^(loss|nll|perplexity|preference_loss)$/;
 const WIDTH = 300;
 
 // A mean and its interval on an axis that all rows of a table share.
@@ -75,12 +77,17 @@ function tally([better, equal, worse]) {
   return el("span", {}, bar, `better on ${count(better)}${equal ? `, equal on ${count(equal)}` : ""}, worse on ${count(worse)}`);
 }
 
+function direction(difference) {
+  const [word] = verdict(difference, true);
+  return [{ better: "higher", worse: "lower" }[word] || word, "level"];
+}
+
 function differences(found) {
   if (!found.length) return null;
   const axis = axisOf(found, true);
   const rows = found.map((difference) => {
     const metric = difference.metric || "return";
-    const [word, kind] = verdict(difference, !LESS.test(metric));
+    const [word, kind] = MORE.test(metric) || LESS.test(metric) ? verdict(difference, MORE.test(metric)) : direction(difference);
     return el("tr", {}, el("th", { scope: "row" }, plain(difference.of[0], 80), " \u2212 ", plain(difference.of[1], 80)),
       difference.metric ? el("td", {}, plain(difference.metric, 80)) : null,
       el("td", { class: `number ${kind}` }, signed(difference.mean)), el("td", { class: "number" }, interval(difference.lo, difference.hi)),

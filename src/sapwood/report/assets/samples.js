@@ -172,7 +172,7 @@ export class Samples {
     return el("div", { class: `row run-${this.app.runs[entry.run].colour}` },
       el("span", { class: `worth ${entry.reward < 0 ? "below" : "above"}` }, rewardText(entry)),
       el("span", { class: "row-task" }, several ? el("span", { class: "swatch" }) : null, plain(entry.task, 120) || "no task"),
-      el("span", { class: "row-place" }, entry.kind === "eval" ? `held out \u00b7 ${count(entry.step)}` : `step ${count(entry.step)}`),
+      el("span", { class: "row-place" }, entry.kind === "eval" ? `held out \u00b7 ${count(entry.step)}` : entry.kind === "file" && !entry.step ? "" : `step ${count(entry.step)}`),
       el("span", { class: "row-text", dir: "auto" }, badges(entry.flags), plain(entry.snippet, 120) || el("i", {}, "empty reply")));
   }
 
@@ -381,7 +381,7 @@ export class Samples {
   }
 
   sideName(entry, i) {
-    if (this.state.mode === "compare") return `${i ? "Right" : "Left"}: ${where(entry)}`;
+    if (this.state.mode === "compare") return `${i ? "Right" : "Left"}: ${where(entry) || plain(entry.file, 60)}`;
     return this.groups.get(this.groupKey(entry)).length === 2 ? (entry.member === 0 ? "Chosen, or first" : "Rejected, or second") : where(entry);
   }
 

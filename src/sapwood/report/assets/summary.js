@@ -132,7 +132,7 @@ function facts(state) {
     ...(started && started.time ? [["Began", moment(started.time)]] : []),
     ["Folder", state.path],
     ...(state.checkpoints.length ? [["Checkpoints", `${count(state.checkpoints.length)}, the newest of step ${count(state.checkpoints[state.checkpoints.length - 1])}`]] : []),
-    ...(state.evidence.length ? [["Batches set aside", state.evidence.join(", ")]] : []),
+    ...(state.evidence.length ? [["Batches set aside, for sapwood replay", state.evidence.join(", ")]] : []),
     ...state.facts,
   ];
   return el("details", { class: "facts" }, el("summary", {}, "Where and with what"), el("dl", {}, found.map(([label, text]) => [el("dt", {}, plain(label, 60)), el("dd", {}, plain(text, 2000))])));

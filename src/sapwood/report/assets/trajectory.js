@@ -18,7 +18,7 @@ export const badges = (flags) => FLAGS.filter(([bit]) => flags & bit).map(([, na
 export function where(entry) {
   if (entry.kind === "eval") return entry.step === 0 ? "held out, before training" : `held out, after step ${count(entry.step)}`;
   if (entry.kind === "step") return `learnt from at step ${count(entry.step)}`;
-  return entry.step ? `step ${count(entry.step)}` : plain(entry.file, 60);
+  return entry.step ? `step ${count(entry.step)}` : "";
 }
 
 const STOPS = { eos: "ended by itself", stop: "ended at a stop text", length: "cut at the token limit", context: "cut where the context is full" };
