@@ -113,7 +113,7 @@ def test_the_help_in_the_docs_is_that_of_the_program() -> None:
 USAGE = [
     ([], ""),
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-    (["xyzzy"], "known are train, rollout"),
+    (["xyzzy"], "known are train, checkpoints"),
     (["train"], "give a recipe, or --resume RUN"),
     (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry"),
     (["eval"], "required: RECIPE|RUN|MODEL"),
