@@ -34,6 +34,8 @@ from tests.conftest import make_row
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (ImportError("ft2font.so: failed to map segment from shared object"), True),
+        (ImportError("No module named 'vllm'"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),

@@ -37,6 +37,7 @@ _SENTENCES = (
     "bad_alloc",  # C++
     "alloc_failed",  # cuBLAS and cuDNN
     "failed to allocate",
+    "failed to map segment",  # a library that is loaded late
 )
 #: oneDNN's, which says the same of a product that it can't do: believed where the process has a limit.
 _ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory")
@@ -52,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(current, OSError) and current.errno == errno.ENOMEM:
             return True
-        if isinstance(current, RuntimeError) and _says_so(str(current).lower()):
+        if isinstance(current, RuntimeError | ImportError) and _says_so(str(current).lower()):
             return True
         current = current.__cause__
     return False

@@ -330,9 +330,10 @@ def loss_divergence(h: History, limits: GuardLimits) -> Finding | None:
 
 
 def overfitting(h: History, limits: GuardLimits) -> Finding | None:
-    """The held-out loss rises while the training loss falls."""
-    held, loss = h.held_out, h.of("loss").lately()
-    if held.best is None or held.best.beside is None or loss is None or loss >= held.best.beside:
+    """The held-out loss rises while the training loss doesn't."""
+    held, series = h.held_out, h.of("loss")
+    loss = series.lately()
+    if held.best is None or held.best.beside is None or loss is None or series.rise(held.best.beside) > ROSE:
         return None
     since = [one.value for one in held.last if one.step > held.best.step]
     bound = held.best.value + limits.overfitting * abs(held.best.value)
@@ -340,7 +341,7 @@ def overfitting(h: History, limits: GuardLimits) -> Finding | None:
         return None
     return Finding(
         f"the held-out loss rose from {held.best.value:.3g} at step {held.best.step} to {since[-1]:.3g}, while the "
-        f"training loss fell from {held.best.beside:.3g} to {loss:.3g}.",
+        f"training loss went from {held.best.beside:.3g} to {loss:.3g}.",
         {"eval/loss": since[-1], "loss": loss},
     )
 
