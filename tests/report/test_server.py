@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import http.client
 import json
@@ -54,11 +55,13 @@ def told(server: Server, path: str) -> Any:
 
 def test_it_listens_on_the_loopback_address_alone(server: Server) -> None:
     assert server._http.server_address[0] == "127.0.0.1"
-    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    others: set[str] = set()
+    with contextlib.suppress(OSError):  # a machine without a name of its own
+        others = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     for address in others:
         with socket.socket() as other:
             other.settimeout(1)
-            assert other.connect_ex((str(address), server.port)) != 0 or address.startswith("127.")
+            assert address.startswith("127.") or other.connect_ex((address, server.port)) != 0
 
 
 def test_the_page_and_its_headers(server: Server) -> None:
