@@ -117,6 +117,7 @@ def test_one_recipe_for_any_algorithm(algorithm: str) -> None:
     assert recipe.algorithm["epochs"] == (4 if rollouts else 1)
 
 
+TENSORBOARD = ({"name": "tensorboard", "flush_seconds": 10},)
 #: overlay, recipe, and the values that the pair must have.
 SCENARIOS: list[tuple[str, str, dict[str, Any]]] = [
     ("8gb", "smollm2/ppo", {"optim.batch_size": 1, "optim.gradient_accumulation": 8, "algorithm.group_size": 1}),
@@ -125,7 +126,7 @@ SCENARIOS: list[tuple[str, str, dict[str, Any]]] = [
     ("16gb_quick", "smollm2/dpo", {"early_stopping.patience": 3}),
     ("production", "smollm2/ppo", {"algorithm.group_size": 4, "optim.batch_size": 8, "optim.gradient_accumulation": 2}),
     ("production", "smollm2/ppo", {"optim.schedule": "plateau", "early_stopping.patience": 10}),
-    ("production", "smollm2/sft", {"checkpoint.every": 500, "eval.every": 100, "trackers": ({"name": "tensorboard", "flush_seconds": 10},)}),
+    ("production", "smollm2/sft", {"checkpoint.every": 500, "eval.every": 100, "trackers": TENSORBOARD}),
     ("debug", "smollm2/dpo", {"run.epochs": 1, "run.steps": None, "optim.batch_size": 2, "data.max_samples": 7}),
     ("debug", "smollm2/ppo", {"run.epochs": None, "run.steps": 3, "eval.max_samples": 2}),
     ("debug", "hvac_demo", {"data": None, "run.steps": 3, "eval.every": 5, "checkpoint.every": 10}),
