@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_a_run_that_the_server_has_forgotten_begins_anew(tmp_path):
     tracker.histograms(4, {"rewards": np.ones(3)})
     tracker.finish("failed")
     assert opened(tmp_path).get_run(name).info.status == "FAILED"
+
+
+def test_a_database_that_was_never_finished_is_made_anew(tmp_path):
+    (tmp_path / "mlflow").mkdir()
+    with sqlite3.connect(tmp_path / "mlflow" / "mlflow.db") as torn:
+        torn.execute("create table runs (half integer)")
+    tracker = MLflow()
+    name = tracker.start(TrackedRun(tmp_path, "mine", {}))
+    tracker.finish("finished")
+    again = MLflow()  # and a finished one is kept
+    assert again.start(TrackedRun(tmp_path, "mine", {}, resumed_from=0, id=name)) == name
 
 
 def test_a_server_that_is_gone_does_not_stop_training(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from sapwood.trackers import Status, TrackedRun, Tracker
 #: MLflow's limits on one call.
 BATCH, LONGEST_PARAMETER = 500, 6000
 BINS = 40
+#: Stands beside a run's own database once that has its tables, which takes MLflow seconds.
+WHOLE = ".whole"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _ADDRESS = re.compile(r"(https?|file|sqlite|postgresql|mysql|mssql|databricks|uc)(\+\w+)?:|databricks$")
 
@@ -74,7 +77,7 @@ class MLflow(Tracker):
         folder = run.dir.absolute() / "mlflow"
         if own:
             folder.mkdir(exist_ok=True)
-            self._where = f"sqlite:///{folder / 'mlflow.db'}"
+            self._where = f"sqlite:///{_database(folder)}"
         else:
             self._where = self.tracking_uri or os.environ["MLFLOW_TRACKING_URI"]
         self._client = MlflowClient(tracking_uri=self._where)
@@ -86,6 +89,8 @@ class MLflow(Tracker):
             self._experiment(folder.as_uri() if own else None), tags=self.tags, run_name=self.run_name or run.name
         )
         self._run_id = made.info.run_id
+        if own:
+            (folder / WHOLE).touch()
         options = [Param(_name(key), str(value)[:LONGEST_PARAMETER]) for key, value in _leaves(run.recipe)]
         for first in range(0, len(options), 100):
             self._client.log_batch(self._run_id, params=options[first : first + 100])
@@ -139,6 +144,15 @@ class MLflow(Tracker):
     def finish(self, status: Status) -> None:
         """Mark the run as finished, killed (it can be resumed) or failed."""
         self._client.set_terminated(self._run_id, _STATUS[status])
+
+
+def _database(folder: Path) -> Path:
+    """The run's own database. One whose tables were never finished, as the process ended meanwhile, is made anew."""
+    path = folder / "mlflow.db"
+    if not (folder / WHOLE).exists():
+        for file in folder.glob("mlflow.db*"):
+            file.unlink()
+    return path
 
 
 def _name(name: str) -> str:
