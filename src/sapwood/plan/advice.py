@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,16 @@ from sapwood.plan.making import Plan, Survey, of_survey
 from sapwood.plan.workload import nodes
 from sapwood.sections import LoraSection
 
+#: Changes that are made together before a smaller model is the better advice.
+DEPTH = 3
+
 
 @dataclass(frozen=True)
 class Change:
-    """Options to set, as on the command line, and what they cost. rebuilds: the models are others with them."""
+    """Options to set, as on the command line, and what they cost."""
 
     settings: Mapping[str, Any]
     price: str
-    rebuilds: bool = False
 
     def __str__(self) -> str:
         return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
@@ -30,44 +32,44 @@ class Change:
 def advise(survey: Survey, made: Plan) -> tuple[str, ...]:
     """Sentences, one a change that makes the plan fit; or changes together, or what is missing."""
     assert made.room is not None
-    space = made.room
-    tried: list[tuple[Change, Plan]] = []
+    space, helping = made.room, []
     for change in _changes(survey, space):
-        found = _with(survey, (change,), space)
-        if found is not None and _need(found) < 0.98 * _need(made):
-            tried.append((change, found))
-    alone = [_sentence(str(change), found, change.price) for change, found in tried if _need(found) <= space.bytes]
+        found = _with(survey, change, space)
+        if found is not None and found.at_most < 0.98 * made.at_most:
+            helping.append((change, found))
+    alone = [(change, found) for change, found in helping if found.at_most <= space.bytes]
     if alone:
-        return tuple(alone)
-    return _together(survey, [change for change, _ in tried], space)
+        return tuple(_sentence([change], found) for change, found in alone)
+    return (_together(survey, made, helping, space),)
 
 
-def _need(made: Plan) -> int:
-    return made.at_most
-
-
-def _together(survey: Survey, changes: list[Change], space: Room) -> tuple[str, ...]:
-    """As few of the changes as are needed, the cheapest first, each made beside those before it."""
+def _together(survey: Survey, made: Plan, helping: Sequence[tuple[Change, Plan]], space: Room) -> str:
+    """Several changes: the one that saves most, and so on from there, until another makes it fit."""
     used: list[Change] = []
-    best: Plan | None = None
-    for change in changes:
-        if any(set(change.settings) & set(other.settings) for other in used):
-            continue
-        found = _with(survey, (*used, change), space)
-        if found is None or (best is not None and _need(found) >= _need(best)):
-            continue
-        used, best = [*used, change], found
-        if _need(found) <= space.bytes:
-            prices = "; ".join(dict.fromkeys(each.price for each in used))
-            return (_sentence(" ".join(map(str, used)), found, prices),)
-    if best is None:
-        return ("No option makes it smaller: choose a smaller model.name, or a machine with more memory.",)
-    told = size(_need(best))
-    return (f"Even with {' '.join(map(str, used))} it needs {told}: choose a smaller model.name, or a larger machine.",)
+    while helping and len(used) < DEPTH:
+        change, made = min(helping, key=lambda pair: pair[1].at_most)
+        used.append(change)
+        survey = survey.changed(_changed(survey.recipe, change.settings))
+        helping = []
+        for other in _changes(survey, space):
+            found = _with(survey, other, space)
+            if found is not None and found.at_most <= space.bytes:
+                return _sentence([*used, other], found)
+            if found is not None and found.at_most < 0.98 * made.at_most:
+                helping.append((other, found))
+    if not used:
+        return "No option makes it smaller: choose a smaller model.name, or a machine with more memory."
+    told = f"Even with {_settings(used)} it needs {size(made.at_most)}"
+    return f"{told}: choose a smaller model.name, or a machine with more memory."
 
 
-def _sentence(setting: str, found: Plan, price: str) -> str:
-    return f"With {setting} it needs {size(_need(found))} ({price})."
+def _settings(changes: Sequence[Change]) -> str:
+    return " ".join(map(str, changes))
+
+
+def _sentence(changes: Sequence[Change], found: Plan) -> str:
+    prices = "; ".join(dict.fromkeys(change.price for change in changes))
+    return f"With {_settings(changes)} it needs {size(found.at_most)} ({prices})."
 
 
 def size(count: int) -> str:
@@ -75,13 +77,10 @@ def size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
-def _with(survey: Survey, changes: tuple[Change, ...], space: Room) -> Plan | None:
-    """The plan with these changes, or None where the recipe doesn't take them."""
+def _with(survey: Survey, change: Change, space: Room) -> Plan | None:
+    """The plan with this change, or None where the recipe doesn't take it."""
     try:
-        recipe = _changed(survey.recipe, {k: v for change in changes for k, v in change.settings.items()})
-        if any(change.rebuilds for change in changes):
-            return of_survey(Survey.of(recipe), space)
-        return of_survey(Survey.made(recipe, survey.parts, survey.sizes.runtime), space)
+        return of_survey(survey.changed(_changed(survey.recipe, change.settings)), space)
     except SapwoodError:
         return None
 
@@ -107,7 +106,7 @@ def _written(value: Any) -> str:
 
 def _changes(survey: Survey, space: Room) -> Iterator[Change]:
     """What may help, the least intrusive first."""
-    for maker in (_token_budget, _checkpointing, _engine, _snapshot, _half, _adapters, _quantised):
+    for maker in (_token_budget, _checkpointing, _snapshot, _engine, _adapters, _quantised, _half):
         yield from maker(survey, space)
 
 
@@ -132,14 +131,15 @@ def _token_budget(survey: Survey, space: Room) -> Iterator[Change]:
             yield Change({"optim.token_budget": budget}, "the same gradients, from smaller parts")
             return
         budget //= 2
-    if least < min(work.at_most, survey.recipe.optim.token_budget):
-        yield Change({"optim.token_budget": least}, "the same gradients, from smaller parts")
+    budget = min(1 << (least - 1).bit_length(), work.at_most)
+    if least <= budget < min(work.at_most, survey.recipe.optim.token_budget):
+        yield Change({"optim.token_budget": budget}, "the same gradients, from smaller parts")
 
 
 def _checkpointing(survey: Survey, space: Room) -> Iterator[Change]:
     if not survey.recipe.model.gradient_checkpointing:
         price = "the same gradients; learning takes about a third longer"
-        yield Change({"model.gradient_checkpointing": True}, price, rebuilds=True)
+        yield Change({"model.gradient_checkpointing": True}, price)
 
 
 def _engine(survey: Survey, space: Room) -> Iterator[Change]:
@@ -157,18 +157,20 @@ def _snapshot(survey: Survey, space: Room) -> Iterator[Change]:
 
 def _half(survey: Survey, space: Room) -> Iterator[Change]:
     model = survey.recipe.model
-    if pick_device(model.device).type == "cpu" and model.dtype in ("auto", "float32") and model.quantize == "none":
-        yield Change({"model.dtype": "bfloat16"}, "coarser numbers, and slower on many CPUs", rebuilds=True)
+    # Weights that are trained themselves would lose small updates.
+    fits = model.lora is not None and model.quantize == "none" and model.dtype in ("auto", "float32")
+    if fits and pick_device(model.device).type == "cpu":
+        yield Change({"model.dtype": "bfloat16"}, "coarser numbers, and slower on many CPUs")
 
 
 def _adapters(survey: Survey, space: Room) -> Iterator[Change]:
     if survey.recipe.model.lora is None:
         settings = {"model.lora": {"rank": LoraSection().rank}}
         price = "adapters learn in place of all weights, and want a learning rate 10 to 100 times as large"
-        yield Change(settings, price, rebuilds=True)
+        yield Change(settings, price)
 
 
 def _quantised(survey: Survey, space: Room) -> Iterator[Change]:
     if survey.recipe.model.quantize == "none" and survey.recipe.model.lora is not None:
         for kind in ("8bit", "4bit"):
-            yield Change({"model.quantize": kind}, "a coarser base; needs bitsandbytes", rebuilds=True)
+            yield Change({"model.quantize": kind}, "a coarser base; needs bitsandbytes")

@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 
 from sapwood.config import Recipe
+from sapwood.models.forward import causal_lm
 from sapwood.models.load import outlines, pick_device
+from sapwood.models.role import recompute_contexts
 from sapwood.parts import Parts, build
 from sapwood.plan.machine import Room, resident, room
 from sapwood.plan.memory import Memory, Parameters, Sizes, passes_of, sizes
@@ -41,13 +43,29 @@ class Survey:
             return Survey.made(recipe, parts, resident())
 
     @staticmethod
-    def made(recipe: Recipe, parts: Parts, runtime: int) -> Survey:
-        """What a recipe makes of parts that are there already. runtime: bytes of the process before any weight."""
+    def made(recipe: Recipe, parts: Parts, runtime: int, before: Survey | None = None) -> Survey:
+        """What a recipe makes of parts that are there already. runtime: bytes of the process before any weight;
+        before: a survey whose passes are those of this recipe too."""
         with outlines():
             device = pick_device(recipe.model.device).type
-            work = workload(recipe, parts)
-            found = passes_of(parts, work, Passes(parts.models, device))
+            work = workload(recipe, parts) if before is None else before.work
+            found = passes_of(parts, work, Passes(parts.models, device)) if before is None else before.found
             return Survey(recipe, parts, work, sizes(recipe, parts, work, device, runtime), found)
+
+    def changed(self, recipe: Recipe) -> Survey:
+        """The survey of a recipe that differs in some options; what they leave as it is isn't done again."""
+        asked, now = recipe.model, self.recipe.model
+        free = {"quantize": now.quantize, "gradient_checkpointing": now.gradient_checkpointing}
+        if asked.model_copy(update=free) != now:
+            return Survey.of(recipe)
+        runtime = self.sizes.runtime
+        if recipe.optim == self.recipe.optim and asked.gradient_checkpointing == now.gradient_checkpointing:
+            return Survey.made(recipe, self.parts, runtime, self)
+        _checkpoint(self.parts, asked.gradient_checkpointing)
+        try:
+            return Survey.made(recipe, self.parts, runtime)
+        finally:
+            _checkpoint(self.parts, now.gradient_checkpointing)
 
     @property
     def memory(self) -> Memory:
@@ -60,6 +78,18 @@ class Survey:
         largest = nodes(self.work.largest) if self.work.largest else 0
         stretch = max(self.work.at_most / largest, 1.0) if largest else 1.0
         return self.sizes.memory(self.found, stretch).peak
+
+
+def _checkpoint(parts: Parts, wanted: bool) -> None:
+    """Switch gradient checkpointing, as `load_policy` does it."""
+    critic = parts.models.critic
+    for policy in (parts.policy, *((critic.policy,) if critic is not None else ())):
+        model = causal_lm(policy.model)
+        if wanted:
+            how = {"use_reentrant": False, "context_fn": recompute_contexts}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        else:
+            model.gradient_checkpointing_disable()
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,8 @@ def plan(recipe: Recipe, progress: Progress | None = None, *, timed: bool = True
     device = pick_device(recipe.model.device)
     made = of_survey(survey, space or room(device))
     if made.fits in ("no", "maybe"):
+        if progress is not None:
+            progress.phase("looking for options that fit")
         made = replace(made, advice=advise(survey, made))
     if timed and device.type == "cpu" and survey.work.largest:
         made = replace(made, time=estimate(recipe, survey.parts, survey.work, survey.found))

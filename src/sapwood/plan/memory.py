@@ -19,10 +19,9 @@ from sapwood.engines._runtime import LeanRuntime
 from sapwood.engines.local import LocalEngine, LocalOptions
 from sapwood.models.forward import causal_lm
 from sapwood.models.load import resolve
-from sapwood.opening import build_engine
 from sapwood.parts import Parts
 from sapwood.plan.machine import MIB
-from sapwood.plan.meter import Meter, held
+from sapwood.plan.meter import held
 from sapwood.plan.passes import ACTIVATIONS, GRADIENTS, LOGITS, Pass, Passes
 from sapwood.plan.workload import Workload, nodes
 from sapwood.rewards.reward_model import RewardModel
@@ -190,11 +189,13 @@ def sizes(recipe: Recipe, parts: Parts, work: Workload, device: str, runtime: in
     """Count them. device: "cpu" or "cuda"; runtime: what the process holds before any weight."""
     trained = [p for group in parts.models.parameter_groups().values() for p in group]
     weights, checkpoints = _weights(recipe, parts), recipe.checkpoint
+    staying, files = _mapped(recipe, parts.policy.model) if device == "cpu" else (0, 0)
+    weights["weights"] += staying
     return Sizes(
         device=device,
         runtime=runtime,
         weights=weights,
-        files=_converted_files(recipe, weights["weights"]) if device == "cpu" else 0,
+        files=files,
         sampler=_sampler(recipe, parts, work, device),
         dense=_largest_dense(recipe, parts) if device == "cpu" else 0,
         gradients=held(trained),
@@ -290,12 +291,21 @@ def _moments(recipe: Recipe, trained: Sequence[Tensor]) -> int:
     return int(sum(p.numel() * (_ADAMW_8BIT if p.numel() >= 4096 else 8) for p in trained))
 
 
-def _converted_files(recipe: Recipe, weights: int) -> int:
-    """Bytes of the files that stay mapped until their numbers are turned into another type; 0 where the numbers are
-    used as they are, or the files aren't here."""
+def _mapped(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
+    """Bytes of weight files that stay mapped beside the weights, and of those that are mapped only while they load.
+
+    Weights are views of their file where its type is theirs. Otherwise the file goes once they are made; but where
+    only some are made anew (quantised layers), the others keep all of it.
+    """
     folder = Path(resolve(recipe.model.name))
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return total if total and abs(total - weights) > 0.02 * weights else 0
+    dense = _base_bytes(model, "none")
+    if not total or abs(total - dense) > 0.02 * dense:
+        return 0, total
+    if recipe.model.quantize == "none":
+        return 0, 0
+    viewed = dense - held(module.weight for module in _packable(model))
+    return total - viewed, 0
 
 
 def _sampler(recipe: Recipe, parts: Parts, work: Workload, device: str) -> Sampler:
@@ -303,14 +313,15 @@ def _sampler(recipe: Recipe, parts: Parts, work: Workload, device: str) -> Sampl
     if not isinstance(parts.engine, LocalEngine):
         return Sampler()
     options = LocalOptions.model_validate(recipe.engine_options())
-    with Meter() as meter:
-        engine = build_engine(recipe, parts.policy)
-    assert isinstance(engine, LocalEngine)
-    runtime, model = engine._runtime, causal_lm(parts.policy.model)
-    packed, head = 0, 0
-    if isinstance(runtime, LeanRuntime) and runtime._dtype is torch.float32 and device == "cpu" and _packs():
-        packed = sum(layer.gate_up.numel() for layer in runtime._layers) * 4
-        head = runtime._head.numel() * 4
+    runtime, model = parts.engine._runtime, causal_lm(parts.policy.model)
+    copies, packed, head = 0, 0, 0
+    if isinstance(runtime, LeanRuntime):
+        made = [value for layer in runtime._layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        shared = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        copies = held(tensor for tensor in made if tensor.untyped_storage()._cdata not in shared)
+        if runtime._dtype is torch.float32 and device == "cpu" and _packs():
+            packed = sum(layer.gate_up.numel() for layer in runtime._layers) * 4
+            head = runtime._head.numel() * 4
     shape = runtime.kv_shape
     token = 2 * shape.layers * shape.heads * shape.width * shape.dtype.itemsize
     played = {"sampling": work.training, "evaluating": work.held_out}
@@ -320,7 +331,7 @@ def _sampler(recipe: Recipe, parts: Parts, work: Workload, device: str) -> Sampl
     width = 6 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     chunk = {phase: min(options.prefill_chunk, int(one.prompt_tokens) + 1) for phase, one in played.items()}
     return Sampler(
-        copies=meter.total + packed + head,
+        copies=copies + packed + head,
         # An evaluation's prompts stay until the policy changes, beside those of the step that follows.
         kept=token * sum(one.kept(options.max_batch, options.kv_budget_tokens) for one in played.values()),
         drawing=rows * model.get_input_embeddings().weight.shape[0] * 4 * _DRAW,

@@ -33,7 +33,7 @@ NAME = "sapwood_outline"
 #: Queries that the plain kernel of the tree handles at a time.
 _PLAIN_ROWS = 512
 #: Score matrices that the plain kernel has at once, forward and backward.
-_PLAIN_FORWARD, _PLAIN_BACKWARD = 3, 6
+_PLAIN_FORWARD, _PLAIN_BACKWARD = 3, 4
 
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 

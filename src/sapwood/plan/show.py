@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,9 +25,9 @@ def show(made: Plan, recipe: Recipe, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(to_json(made), indent=2))
         return
-    console = Console()
-    # A pipe has no width of its own; nothing is cut there.
-    Console(width=max(console.width, 100) if not console.is_terminal else None).print(render(made, recipe))
+    # A pipe has no width, so lines are as long as they are there.
+    terminal = Console().is_terminal
+    Console(width=None if terminal else 1000).print(render(made, recipe))
 
 
 def render(made: Plan, recipe: Recipe) -> RenderableType:
@@ -36,12 +37,11 @@ def render(made: Plan, recipe: Recipe) -> RenderableType:
         *_parameter_lines(made),
         _token_line(made),
     ]
-    below = [verdict(made), *(f"  {sentence}" for sentence in made.advice)]
-    if made.time is not None:
-        below += ["", *_time_lines(made.time)]
-    elif made.device != "cpu":
-        below += ["", "time: not estimated on a GPU"]
-    return Group(*map(Text, lines), _table(made.memory), *map(Text, below))
+    time = _time_lines(made.time) if made.time is not None else []
+    if made.device != "cpu":
+        time = ["time: not estimated on a GPU"]
+    advice = [Padding(Text(sentence), (0, 0, 0, 2), expand=False) for sentence in made.advice]
+    return Group(*map(Text, lines), _table(made.memory), Text(verdict(made)), *advice, *map(Text, time))
 
 
 def _parameter_lines(made: Plan) -> list[str]:

@@ -24,8 +24,9 @@ from sapwood.source import FIRST_RECORDS, ORDER, Rollouts, derive
 from sapwood.tree import build_trie, distinct_tokens, pack
 from sapwood.types import Group, Ids, Row, StopReason, Task
 
-#: Episodes that are played to see how long they get; a step with more is put together from copies of these.
-EPISODES = 128
+#: Episodes that are played to see how long they get, and where each needs a process of its own; a step with more is
+#: put together from copies of these.
+EPISODES, ISOLATED = 128, 16
 #: Probability that two replies to a prompt that agree so far agree on the next token too: between those of a model that
 #: fills in a short form and one that says anything. A plan's upper bound takes it as 0.
 AGREE = 0.75
@@ -185,7 +186,7 @@ def _steps(recipe: Recipe, parts: Parts, packer: Packer) -> tuple[list[Step], Pl
 
 def _of_rollouts(parts: Parts, source: Rollouts, packer: Packer, per_step: int) -> tuple[list[Step], Played]:
     attempts = parts.algorithm.attempts
-    few = max(1, min(per_step, EPISODES // attempts))
+    few = max(1, min(per_step, (ISOLATED if source.family.isolate else EPISODES) // attempts))
     groups = play(parts, source.family, source.family.tasks("train", few, source.seed), attempts, source.sampling)
     rows = to_rows(groups, source.temperature)
     vocabulary = int(parts.policy.model.get_input_embeddings().weight.shape[0])
