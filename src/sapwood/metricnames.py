@@ -281,6 +281,8 @@ learning_seconds | s | all | 0 ..
 loading_seconds | s | all | 0 ..
   Giving the weights to the engine, and writing samples.
   > A small part.
+evaluation_seconds | s | all | 0 ..
+  Measuring held-out tasks and records, where that was due.
 checkpoint_seconds | s | all | 0 ..
   Waiting for checkpoints since the row before: copying what is trained, and for the one before to be on disk.
   > A small part; where it isn't, save less often.

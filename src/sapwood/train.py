@@ -190,7 +190,7 @@ class Trainer:
         steps = self.parts.steps
         for note in self.parts.notes:
             self.progress.note(note)
-        self.log.event("resume" if self.done else "start", f"{steps - self.done} steps to make", self.done)
+        self.log.event("resume" if self.done else "start", f"{steps - self.done} of {steps} steps to make", self.done)
         self._tell_trackers()
         if self.done == 0:
             with self._stopping.interruptible():
@@ -227,7 +227,7 @@ class Trainer:
         """Measure what is due after the last updates, write the step's rows and maybe a checkpoint."""
         assert self.pending is not None
         recipe, step, (learnt, timing) = self.recipe, self.done, self.pending
-        metrics = dict(learnt)
+        metrics, began = dict(learnt), time.perf_counter()
         due = step == self.parts.steps or bool(recipe.eval.every and step % recipe.eval.every == 0)
         self._keep()
         if due:
@@ -244,7 +244,8 @@ class Trainer:
                 raise
         self.log.log_metrics(step, metrics)
         waited, self._waited = writer.stalled - self._waited, writer.stalled
-        self.log.log_timing(step, {**timing, "checkpoint_seconds": waited})
+        evaluated = {"evaluation_seconds": time.perf_counter() - began} if due or last else {}
+        self.log.log_timing(step, {**timing, **evaluated, "checkpoint_seconds": waited})
         self.progress.step(step, metrics, timing)
         self._tell_trackers()
         alarm = self._warn(step, metrics)
