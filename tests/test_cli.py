@@ -262,6 +262,8 @@ def test_eval_takes_a_recipe_with_adapters_or_a_run(
     out = tmp_path / "deep" / "e.json"
     assert cli.main(["eval", str(tmp_path), "--json", "--out", str(out)]) == 0  # recipe.yaml is in it: a run folder
     assert json.loads(capsys.readouterr().out) == json.loads(out.read_text()) == {"heading": "three"}
+    assert cli.main(["eval", str(recipe), "--out", str(out.parent)]) == 1
+    assert "is a folder; give the name of a file in it" in capsys.readouterr().err
     assert cli.main(["eval", str(recipe), "run.seed=4"]) == 0
     assert [call[1:3] for call in library.calls] == [([Path("a"), Path("b")], 3), ([tmp_path], None), (None, None)]
     assert library.calls[0][0].model.device == "cpu"

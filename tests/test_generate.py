@@ -136,6 +136,13 @@ def test_prompts_are_read_from_any_data(tmp_path, monkeypatch):
         read_prompts(tmp_path / "none.jsonl")
 
 
+def test_what_cannot_work_is_told_before_anything_is_sampled(tmp_path):
+    with pytest.raises(StorageError, match=r"is a folder; give the name of a file in it"), JsonLines(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match=r"^seed is -1; it should be 0 or more\.$"):
+        run_generate("m", ["hi"], seed=-1)
+
+
 def test_a_writer_keeps_whole_steps_of_its_own_job_only(tmp_path):
     path, job = tmp_path / "o.jsonl", {"seed": 1, "model": "m"}
     with pytest.raises(KeyError), JsonLines(path, job, step=2) as lines:  # noqa: PT012

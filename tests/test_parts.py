@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sapwood import checkpoint
 from sapwood.config import parse_recipe
 from sapwood.errors import ConfigError, DataError, TrainingStopped
 from sapwood.models.load import load_policy
+from sapwood.models.roles import Models
 from sapwood.parts import Parts, build
 from sapwood.progress import Progress
 from sapwood.run import Run
@@ -180,3 +182,63 @@ def test_a_watched_metric_that_was_seen_may_be_missing(model_dir, files, tmp_pat
         made._see({"updates": 1.0, "loss": 1.0}, evaluated=False)
     assert not made._see({"updates": 1.0, "sometimes": 1.0}, evaluated=False)
     assert not made._see({"updates": 1.0}, evaluated=False)
+
+
+def test_a_reference_of_its_own_is_freed_once_every_record_has_been_scored(model_dir, files, tmp_path, monkeypatch):
+    asked: list[bool] = []
+    score = Models.score
+
+    def spy(self, batches, needs):
+        asked.append(needs.reference_logprobs and bool(batches))
+        score(self, batches, needs)
+
+    monkeypatch.setattr(Models, "score", spy)
+    found = []
+    for precompute in (False, True):
+        changes = {"reference": {"precompute": True}} if precompute else {}
+        made = trainer(model_dir, files, tmp_path / f"run{precompute}", "dpo", model={"lora": None}, **changes)
+        if made.parts.reference_cache is not None:
+            made.parts.reference_cache.build(made.models, made.learner.pack)
+        assert (made.models.reference is None) == precompute
+        asked.clear()
+        measured = made._evaluate("before")
+        losses = [made.step(1)[0]["loss"], made.step(2)[0]["loss"]]
+        again = made._evaluate("after")
+        found.append((measured["eval/loss"], *losses, again["eval/loss"]))
+        # Without the file, what is held out is asked for at the first evaluation, and every step asks for its own.
+        assert any(asked) != precompute
+        assert not asked[-1]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][0] == pytest.approx(math.log(2), rel=1e-5)
+    assert found[0][3] != found[0][0]
+
+
+def test_a_step_that_sees_more_records_than_there_are_is_noted(model_dir, files, tmp_path):
+    told = "optim.batch_size x optim.gradient_accumulation is 16, more than the 14 records"
+    parts = built(model_dir, files, tmp_path, optim={"batch_size": 8, "gradient_accumulation": 2})
+    assert any(note.startswith(told) for note in parts.notes)
+    assert not any("is 14, more" in note for note in built(model_dir, files, tmp_path, optim={"batch_size": 14}).notes)
+
+
+def test_prompts_without_room_name_it(model_dir, files, tmp_path):
+    # 256 tokens of context less 250 for the reply.
+    parts = built(model_dir, files, tmp_path, "grpo", engine={"max_new_tokens": 250})
+    assert parts.tasks is not None
+    with pytest.raises(ConfigError, match=r"none of 6 held-out prompts is within 6 tokens, .* engine.max_new_tokens"):
+        _ = parts.tasks.tasks
+
+
+def test_a_reward_that_fails_to_get_ready_is_told(model_dir, files, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from sapwood import Reward\n"
+        "class Mine(Reward):\n"
+        "    def bind(self, models):\n"
+        "        raise KeyError('weights')\n"
+        "    def score(self, groups):\n"
+        "        return []\n"
+    )
+    with pytest.raises(
+        DataError, match=r"bind of 'Mine' raised KeyError \('weights'\) at .*mine.py line 4; fix it there"
+    ):
+        built(model_dir, files, tmp_path / "run", "grpo", rewards=[f"{mine}:Mine"])

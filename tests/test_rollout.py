@@ -264,7 +264,7 @@ def test_rewards_are_weighted_and_named():
     [
         (({"x": float("nan")},), "reward 'Graded', task 't'.*part 'x' is nan"),
         (({"x": "high"},), "part 'x' is 'high'"),
-        ((3.0,), "dict of named parts, not float"),
+        ((3.0,), "dict of named parts, not a number"),
     ],
 )
 def test_bad_scores_name_reward_and_task(scores, sentence):

@@ -24,7 +24,7 @@ from sapwood.config import Recipe, load_recipe, parse_recipe
 from sapwood.data import Record
 from sapwood.engines import Engine, Sampling
 from sapwood.errors import ConfigError, DataError, ModelError
-from sapwood.generate import BATCH, Prompt, Reply, as_messages, sample
+from sapwood.generate import BATCH, Prompt, Reply, as_messages, check_seed, sample
 from sapwood.opening import Head, Origin, build_chat, locate, make_engine
 from sapwood.types import Floats, Group, Message, Row
 
@@ -107,6 +107,7 @@ class Model:
         one of its own, derived from it and the prompt's place. batch: replies sampled together.
         """
         self._need("lm", "generate")
+        check_seed(seed)
         asked = [as_messages(prompt, f"prompt {i}", system) for i, prompt in enumerate(_several(prompts), 1)]
         chosen, per_chunk = _sampling(sampling), max(1, batch // max(n, 1))
         found: list[list[Reply]] = []

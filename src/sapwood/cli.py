@@ -275,6 +275,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     with show_progress() as progress:
         found = run_eval(
             recipe,
+    if arguments.out is not None and arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out} is a folder; give the name of a file in it.")
             adapters,
             arguments.tasks,
             progress.work,

@@ -33,6 +33,7 @@ from sapwood.models.role import BASE as WITHOUT_ADAPTER
 from sapwood.models.roles import Models
 from sapwood.opening import Head, Origin, build_chat, build_engine, load_policy
 from sapwood.ops.batch import Forward
+from sapwood.rollout import bind_all
 from sapwood.sections import ModelSection
 from sapwood.source import held_out_groups
 from sapwood.tree import pack
@@ -262,8 +263,7 @@ def _held_out_records(world: _World, models: Models) -> HeldOutRecords:
 def _held_out_tasks(world: _World, family: EnvFamily, models: Models) -> HeldOutTasks:
     recipe, policy = world.recipe, models.policy
     rewards, metrics = recipe.build_rewards(), recipe.build_metrics()
-    for part in (*rewards, *metrics):
-        part.bind(models)
+    bind_all((*rewards, *metrics), models)
     return HeldOutTasks(
         family,
         world.tasks,

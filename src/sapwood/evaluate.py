@@ -34,7 +34,7 @@ from sapwood.generate import JsonLines, Progress
 from sapwood.metrics import Metric
 from sapwood.opening import build_chat, build_engine, load_policy
 from sapwood.rewards import Reward
-from sapwood.rollout import collect, records
+from sapwood.rollout import bind_all, collect, records
 from sapwood.types import Group, Ids, Task, Trajectory, Turn
 
 #: Names of a step's unshaped reward in its info, the first that is there counts.
@@ -382,9 +382,7 @@ def run_rollout(
     if rewards:
         from sapwood.models.roles import Models
 
-        models = Models(policy)
-        for reward in rewards:
-            reward.bind(models)
+        bind_all(rewards, Models(policy))
     engine, chat = build_engine(recipe, policy), build_chat(policy, recipe.model)
     members = int(recipe.algorithm.get("group_size", 1))
     played: list[Group] = []

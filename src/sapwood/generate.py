@@ -60,6 +60,8 @@ class JsonLines:
 
     def __enter__(self) -> JsonLines:
         if self._path is not None:
+            if self._path.is_dir():
+                raise StorageError(f"{self._path} is a folder; give the name of a file in it.")
             with writing(self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 size = self._resume() if self._job is not None else 0
@@ -182,6 +184,12 @@ def _first_has(path: Path, name: str) -> bool:
     return isinstance(found, dict) and name in found and not {"chosen", "rejected"} & set(found)
 
 
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed that is none."""
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; it should be 0 or more.")
+
+
 def sample(
     engine: Engine,
     chat: Chat,
@@ -257,6 +265,7 @@ def run_generate(
         raise ConfigError("give either prompts or an input file with prompts.")
     if n < 1 or batch < 1:
         raise ConfigError(f"n and batch must be at least 1, not {n} and {batch}.")
+    check_seed(seed)
     given = read_prompts(input_path, prompt_field) if input_path is not None else list(prompts)
     asked = [as_messages(prompt, f"prompt {i}", system) for i, prompt in enumerate(given, 1)]
     origin = model if isinstance(model, Origin) else locate(model)

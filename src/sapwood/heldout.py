@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from sapwood.envs import EnvFamily
 from sapwood.evaluate import EvalResult, EvalTable, Progress, evaluate_baselines, evaluate_policy, heading
 from sapwood.metrics import Metric
 from sapwood.models.roles import Models
+from sapwood.ops.batch import Needs
 from sapwood.rewards import Reward
 from sapwood.rollout import to_rows
-from sapwood.types import Group, Row, Task
+from sapwood.types import Floats, Group, Row, Task
 
 
 @dataclass
@@ -100,6 +101,17 @@ class HeldOutRecords:
     heading: str
     each: bool = False
     by_record: dict[str, dict[str, float]] = field(default_factory=dict)
+    # The reference doesn't change, so what it says of these records is asked once.
+    _reference: list[Floats] = field(default_factory=list, init=False)
+
+    def ask_reference(self, pack: Callable[[Sequence[Row]], list[list[Row]]]) -> None:
+        """Keep the reference's log-probabilities of these records, so that `measure` can do without the reference."""
+        rows = to_rows(self.groups, 1.0)
+        self.models.score(pack(rows), Needs(reference_logprobs=True))
+        self._keep(rows)
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        self._reference = [row.reference_logprobs for row in rows if row.reference_logprobs is not None]
 
     def measure(
         self, pack: Callable[[Sequence[Row]], list[list[Row]]], progress: Callable[[int, int], None] | None = None
@@ -123,9 +135,16 @@ class HeldOutRecords:
     ) -> dict[str, float]:
         rows = to_rows(self.groups, 1.0)
         extra = self.algorithm.augment(rows)
-        rows += extra
+        needs = self.algorithm.extra_needs if extra else self.algorithm.needs
+        if self._reference and not extra:
+            needs = replace(needs, reference_logprobs=False)
+            for row, known in zip(rows, self._reference, strict=True):
+                row.reference_logprobs = known
         self.models.eval()
-        self.models.score(pack(rows), self.algorithm.extra_needs if extra else self.algorithm.needs)
+        self.models.score(pack([*rows, *extra]), needs)
+        if needs.reference_logprobs:
+            self._keep(rows)
+        rows += extra
         kept, metrics = self.algorithm.credit(self.groups, rows)
         totals = Totals.of(kept)
         sums: dict[str, float] = {}

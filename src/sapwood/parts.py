@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from sapwood.optimizer import EarlyStopping, Plateau, Stepper, higher_is_better
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.rewards import Reward
+from sapwood.rollout import bind_all
 from sapwood.sections import LoraSection
 from sapwood.source import Records, Rollouts, Source, held_out_groups, steps_of
-from sapwood.types import Message
+from sapwood.types import Message, Row
 
 #: Held-out records that are measured where eval.max_samples doesn't say.
 EVAL_RECORDS = 256
@@ -78,15 +80,14 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
     _check_lora(recipe)
     policy = load_policy(recipe.model, recipe.run.seed, head="scalar" if algorithm.needs.scores else "lm")
     models = _models(recipe, algorithm, policy)
-    for part in (*rewards, *metrics):
-        part.bind(models)
+    bind_all((*rewards, *metrics), models)
     chat = build_chat(policy, recipe.model)
     engine = build_engine(recipe, policy) if recipe.plays else None
     limits = _limits(recipe, algorithm, policy)
     grouper = Grouper(chat, limits) if limits is not None else None
     if isinstance(family, DataPrompts) and limits is not None:
         assert grouper is not None
-        family.limit(_Fit(grouper, Grouper(chat, limits)))
+        family.limit(_Fit(grouper, Grouper(chat, limits)), limits.max_prompt_length)
     tasks, records = None, None
     if family is not None and engine is not None and _evaluates_tasks(recipe, data):
         tasks = _held_out_tasks(recipe, family, engine, chat, data, (rewards, metrics), policy)
@@ -110,13 +111,16 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
         tasks=tasks,
         records=records,
         early_stopping=_early_stopping(recipe, tasks, records),
-        notes=_notes(policy, models, data),
+        notes=_notes(policy, models, data, per_step),
     )
     if records is not None and recipe.reference is not None and recipe.reference.precompute:
         assert data is not None
         assert limits is not None
         path = run_dir / "reference" / "logprobs.f32"
-        parts.reference_cache = ReferenceCache(path, data.train, Grouper(chat, limits))
+        then = None
+        if type(algorithm).augment is Algorithm.augment:  # otherwise rows of no record are still to be scored
+            then = _Forget(models, records)
+        parts.reference_cache = ReferenceCache(path, data.train, Grouper(chat, limits), then)
     return parts
 
 
@@ -148,6 +152,18 @@ def _check_lora(recipe: Recipe) -> None:
                 f"model.lora.{name} is {wanted}, but model.init_from ({folder}) goes on with an adapter whose "
                 f"{name} is {found}; remove model.lora.{name}."
             )
+
+
+@dataclass
+class _Forget:
+    """Frees the reference once every record, those held out too, has its log-probabilities."""
+
+    models: Models
+    records: HeldOutRecords
+
+    def __call__(self, pack: Callable[[Sequence[Row]], list[list[Row]]]) -> None:
+        self.records.ask_reference(pack)
+        self.models.drop_reference()
 
 
 @dataclass
@@ -300,7 +316,7 @@ def _watched(
     return watched
 
 
-def _notes(policy: Policy, models: Models, data: _Data | None) -> list[str]:
+def _notes(policy: Policy, models: Models, data: _Data | None, per_step: int) -> list[str]:
     notes = [checkpoint.describe(policy)]
     if models.critic is not None:
         notes.append(f"critic: {models.critic.describe()}")
@@ -308,4 +324,9 @@ def _notes(policy: Policy, models: Models, data: _Data | None) -> list[str]:
         notes.append(f"plain rows in place of the token tree: {policy.fallback}")
     if data is not None:
         notes += data.train.report.lines()
+        if per_step > len(data.train):
+            notes.append(
+                f"optim.batch_size x optim.gradient_accumulation is {per_step:,}, more than the {len(data.train):,} "
+                "records, so a step sees each of them several times; lower it."
+            )
     return notes

@@ -18,36 +18,45 @@ from sapwood.types import Group, Row
 
 #: Records that are read and scored together.
 CHUNK = 64
+Pack = Callable[[Sequence[Row]], list[list[Row]]]
 
 
 @dataclass
 class ReferenceCache:
     """A flat file of float32 log-probabilities, record after record and reply after reply; on disk, not in memory.
 
-    start [N + 1]: where each record's values begin.
+    start [N + 1]: where each record's values begin. then: called once all is scored, as nothing here asks the
+    reference any more.
     """
 
     path: Path
     dataset: Dataset
     grouper: Grouper
+    then: Callable[[Pack], None] | None = None
     _start: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64), init=False)
     _values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), init=False)
 
     def build(
         self,
         models: Models,
-        pack: Callable[[Sequence[Row]], list[list[Row]]],
+        pack: Pack,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Score every record, unless a run that goes on has done so already.
 
         Raises StorageError where the run folder can't hold the values (4 bytes a token).
         """
-        total = len(self.dataset)
         starts = self.path.with_name("start.npy")
-        if starts.is_file():  # written last
-            self._open(np.load(starts, allow_pickle=False))
-            return
+        if not starts.is_file():  # written last
+            self._score(models, pack, starts, progress)
+        self._open(np.load(starts, allow_pickle=False))
+        if self.then is not None:
+            self.then(pack)
+
+    def _score(
+        self, models: Models, pack: Pack, starts: Path, progress: Callable[[str, int, int], None] | None
+    ) -> None:
+        total = len(self.dataset)
         counts = np.zeros(total, np.int64)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +76,6 @@ class ReferenceCache:
             with starts.with_suffix(".part").open("wb") as file:
                 np.save(file, np.concatenate([[0], np.cumsum(counts)]))
             starts.with_suffix(".part").replace(starts)
-        self._open(np.load(starts, allow_pickle=False))
 
     def _open(self, start: np.ndarray) -> None:
         self._start = start

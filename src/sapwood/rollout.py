@@ -19,6 +19,7 @@ import numpy as np
 
 from sapwood import plugins
 from sapwood.chat import Chat
+from sapwood.data.words import described
 from sapwood.engines import Completion, Engine, Request, Sampling
 from sapwood.envs import EnvFamily, Observation, Step
 from sapwood.envs._process import Host, LocalHost, WorkerPool, describe
@@ -338,6 +339,15 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
+def bind_all(parts: Sequence[Any], models: Any) -> None:
+    """`bind` rewards and metrics to the run's models. Raises DataError for whatever a user's own raises."""
+    for part in parts:
+        if type(part).__module__.startswith("sapwood."):
+            part.bind(models)
+        else:
+            plugins.call(f"bind of {type(part).__name__!r}", part.bind, models)
+
+
 def _reward_name(reward: Reward) -> str:
     """A built-in's plugin name, otherwise the name of the class."""
     package, _, module = type(reward).__module__.rpartition(".")
@@ -363,7 +373,7 @@ def _check_scores(name: str, scores: Any, groups: Sequence[Group]) -> None:
             raise DataError(f"{where}: it must return one dict for each of {len(group.trajectories)} trajectories.")
         for parts in members:
             if not isinstance(parts, dict):
-                raise DataError(f"{where}: it must return a dict of named parts, not {type(parts).__name__}.")
+                raise DataError(f"{where}: it must return a dict of named parts, not {described(parts)}.")
             for part, value in parts.items():
                 if not _is_finite(value):
                     raise DataError(f"{where}: part {part!r} is {value!r}, not a finite number.")

@@ -60,7 +60,9 @@ def test_is_the_plugin() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"loss_type": "sigmod"}, "unknown loss_type 'sigmod': known are sigmoid, robust"),
+        ({"loss_type": "sigmod"}, r"unknown loss_type 'sigmod': did you mean 'sigmoid'\?"),
+        ({"loss_type": "IPO"}, r"unknown loss_type 'IPO': did you mean 'ipo'\?"),
+        ({"loss_type": "zzz"}, "unknown loss_type 'zzz': known are sigmoid, robust"),
         ({"loss_type": "sigmoid_norm"}, "use loss_type: sigmoid with length_normalize: true"),
         ({"loss_type": "kto"}, "use algorithm: {name: kto}"),
         ({"loss_type": ["sigmoid", "sft"]}, "unknown loss_type"),

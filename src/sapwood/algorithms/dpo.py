@@ -8,6 +8,7 @@ gradient; AOT's sorting is done in scoring, over the whole batch. docs/algorithm
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -43,6 +44,7 @@ WITH_DIVERGENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop")
 SORTED = ("aot", "aot_unpaired")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
+
 _OTHER_NAMES = {
     "cdpo": "loss_type: sigmoid with label_smoothing",
     "sigmoid_norm": "loss_type: sigmoid with length_normalize: true",
@@ -52,6 +54,11 @@ _OTHER_NAMES = {
     "slic": "loss_type: hinge",
     "kto": "algorithm: {name: kto}, which takes unpaired labels",
 }
+
+
+def _known(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
 
 
 class DPO(Algorithm):
@@ -98,7 +105,7 @@ class DPO(Algorithm):
             if name not in known:
                 other = _OTHER_NAMES.get(str(name))
                 raise ValueError(
-                    f"unknown loss_type {name!r}: " + (f"use {other}." if other else f"known are {', '.join(known)}.")
+                    f"unknown loss_type {name!r}: " + (f"use {other}." if other else _known(str(name), known))
                 )
         return value
 

@@ -98,8 +98,9 @@ class KTO(Algorithm):
             self._estimated = True
         if self._step and labelled and not self._estimated:
             raise DataError(
-                f"KTO compares with replies to other prompts, and the batch's {len(labelled)} records have one prompt: "
-                "raise the batch size or shuffle the data; or set loss_type: apo_zero_unpaired, which compares with 0."
+                f"KTO compares with replies to other prompts, and this batch of {len(labelled)} has a single prompt: "
+                "raise optim.batch_size, shuffle the data, or set algorithm.loss_type=apo_zero_unpaired, which "
+                "compares with 0."
             )
         return labelled, {"kl": self._kl}
 

@@ -30,10 +30,11 @@ class DataPrompts(EnvFamily):
     # The order of the epoch that is being walked.
     _orders: dict[tuple[int, int | None], Indices] = PrivateAttr(default_factory=dict)
     _fit: Fit | None = PrivateAttr(default=None)
+    _room: int | None = PrivateAttr(default=None)
 
-    def limit(self, fit: Fit) -> None:
-        """Ask what `fit` makes of a record: its messages, or None to leave it out."""
-        self._fit = fit
+    def limit(self, fit: Fit, room: int | None = None) -> None:
+        """Ask what `fit` makes of a record: its messages, or None to leave it out. room: tokens, for a message."""
+        self._fit, self._room = fit, room
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """`count` tasks in an order drawn from the seed. Only training prompts repeat, once all of them were used.
@@ -52,8 +53,9 @@ class DataPrompts(EnvFamily):
         tasks = list(islice((task for task in found if task is not None), count))
         if count and not tasks:
             raise ConfigError(
-                f"none of {len(order)} held-out prompts fits data.max_prompt_length, data.max_length and the model's "
-                "context beside engine.max_new_tokens: raise what limits them."
+                f"none of {len(order)} held-out prompts is within {self._room} tokens, which is "
+                "data.max_prompt_length, or what engine.max_new_tokens leaves of data.max_length or the model's "
+                "context; change one of them."
             )
         return tasks
 

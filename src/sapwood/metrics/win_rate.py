@@ -162,9 +162,10 @@ def _read(path: Path) -> tuple[dict[str, list[str]], dict[str | None, list[str]]
                 last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
                 by_prompt.setdefault(last, []).append(str(record["reply"]))
         except (ValueError, LookupError, TypeError) as error:
+            said = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
                 f"{path} line {number}: not a reply as `sapwood generate` or `sapwood rollout` writes it "
-                f"({type(error).__name__}: {error}); make the file by one of them."
+                f"({said}); make the file by one of them."
             ) from error
     return by_task, by_prompt
 

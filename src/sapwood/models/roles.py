@@ -69,6 +69,11 @@ class Models:
             self.reference.model.eval()
         self.eval()  # PEFT makes its layers in training mode, and rollouts come before the first update
 
+    def drop_reference(self) -> None:
+        """Free a reference that is a model of its own; from here on its log-probabilities can't be asked."""
+        if self.reference is not None and self.reference.model is not self.policy.model:
+            self.reference = None
+
     def forward(self, rows: Sequence[Row], needs: Needs | None = None) -> Forward:
         """The training forward of a micro-batch: what `needs` asks for, with gradients."""
         needs = needs or Needs()
