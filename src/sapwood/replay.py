@@ -255,7 +255,7 @@ class _Update:
                 told.append(f"the loss of {self._name(rows[0])} is {share}")
         if not told:
             return [f"the loss is {float(self.loss)}{where}, though that of every row by itself is finite"]
-        return [*told[:TOLD], *([f"and of {bad - TOLD} more rows{where}"] if bad > TOLD else [])]
+        return [*told[:TOLD], *([f"and of {_count(bad - TOLD)}{where}"] if bad > TOLD else [])]
 
     def _arrays(self) -> list[str]:
         """What came in and isn't finite."""
@@ -263,7 +263,7 @@ class _Update:
         for name in ("reward", "bootstrap"):
             bad = [row for row in self.evidence.rows if not math.isfinite(getattr(row, name))]
             found += [f"the {name} of {self._name(row)} is {getattr(row, name)}" for row in bad[:TOLD]]
-            found += [f"and that of {len(bad) - TOLD} more rows"] if len(bad) > TOLD else []
+            found += [f"and that of {_count(len(bad) - TOLD)}"] if len(bad) > TOLD else []
         for name in PER_TOKEN:
             arrays = [getattr(row, name) for row in self.evidence.rows]
             held = [(row, values) for row, values in zip(self.evidence.rows, arrays, strict=True) if values is not None]
@@ -285,7 +285,7 @@ class _Update:
                 place = "" if per_row else f" at token {at[0] + 1} of {row.scored} scored ones"
                 more = f" (and {len(at) - 1} more)" if len(at) > 1 else ""
                 told.append(f"{quantity} of {self._name(row)}: {float(part[at[0]])}{place}{more}")
-        return [*told, *([f"{quantity} of {bad - TOLD} more rows"] if bad > TOLD else [])]
+        return [*told, *([f"{quantity} of {_count(bad - TOLD)}"] if bad > TOLD else [])]
 
     def _name(self, row: Row) -> str:
         task = self.evidence.groups[row.group].task.id
@@ -375,7 +375,7 @@ class _Watch:
         """What was seen, or None."""
         if self.name is None:
             return None
-        came = "though what came in is" if self._came_in else "and neither is what came in, made outside of any module"
+        came = "though what came in is" if self._came_in else "and neither is what came in, made between two modules"
         return (
             f"the first module whose output isn't finite is {self.name} ({self._kind}), {came}; the largest value "
             f"before it was {self.largest:.3g}"
@@ -391,6 +391,10 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _count(more: int) -> str:
+    return "1 more row" if more == 1 else f"{more} more rows"
 
 
 def _leaf(values: Tensor | None) -> Tensor | None:
