@@ -20,6 +20,7 @@ from sapwood.progress import Progress
 RECIPE = """\
 run: {dir: DIR, steps: 3}
 env: {name: prompts, items: [{prompt: hi, answer: "1"}]}
+rewards: [exact_match]
 algorithm: {name: grpo, group_size: 2}
 engine: {name: scripted}
 """

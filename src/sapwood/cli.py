@@ -42,6 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `sapwood list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        told = _out_of_memory(error)
+        if told is None:
+            raise
+        if _verbose(given):
+            traceback.print_exc()
+        print(f"sapwood: {told}", file=sys.stderr)
+        return 1
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to tell where memory ran out in a place that can't do with less; None for any other error."""
+    if "torch" not in sys.modules:
+        return None
+    from sapwood.memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    return "memory ran out; `sapwood train RECIPE --plan` says what a run needs and which option makes it smaller."
 
 
 def _dispatch(given: list[str]) -> int:
@@ -58,8 +77,11 @@ def _dispatch(given: list[str]) -> int:
         return 0
     command = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     if command == "data":
-        print(_help_of_data())
-        return 0 if given[1:] in (["-h"], ["--help"]) else 2
+        if given[1:] in (["-h"], ["--help"]):
+            print(_help_of_data())
+            return 0
+        print(f"sapwood data: name what to do.\n{_help_of_data()}", file=sys.stderr)
+        return 2
     if command not in COMMANDS:
         import difflib
 
@@ -272,11 +294,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     from sapwood.compare import BASE, run_eval, with_metrics
 
     recipe = with_metrics(recipe, [_metric(text) for text in arguments.metric])
+    if arguments.out is not None and arguments.out.is_dir():
+        raise ConfigError(f"--out {arguments.out} is a folder; give the name of a file in it.")
     with show_progress() as progress:
         found = run_eval(
             recipe,
-    if arguments.out is not None and arguments.out.is_dir():
-        raise ConfigError(f"--out {arguments.out} is a folder; give the name of a file in it.")
             adapters,
             arguments.tasks,
             progress.work,
@@ -328,10 +350,12 @@ def _metric(text: str) -> dict[str, Any]:
     """A name, or a mapping in YAML's short form."""
     import yaml
 
+    from sapwood.configfile import parse_value
+
     if not text.lstrip().startswith("{"):
         return {"name": text}
     try:
-        found = yaml.safe_load(text)
+        found = parse_value(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--metric: {text!r} isn't a mapping such as '{{name: pass_at_k, k: 4}}'.") from error
     return dict(found)

@@ -87,8 +87,9 @@ class Learner:
 
     # --- scoring ------------------------------------------------------------------------------------------------
 
-    def score(self, groups: Sequence[Group], rows: list[Row], order: int) -> None:
+    def score(self, groups: Sequence[Group], rows: list[Row], step: int, order: int) -> None:
         """Fill in what the algorithm needs, packed as the first updates will be; its further rows join `rows`."""
+        self._step = step
         extra, needs = self.algorithm.augment(rows), self.algorithm.needs
         if self.cache is not None:
             self.cache.fill(groups, rows)

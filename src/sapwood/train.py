@@ -407,7 +407,7 @@ class Trainer:
         self.progress.phase("learning")
         torch.manual_seed(derive(seed, DROPOUT, step))
         metrics = self.algorithm.begin(step, self.parts.steps) | self.parts.source.metrics()
-        self.learner.score(groups, rows, order)
+        self.learner.score(groups, rows, step, order)
         kept, credited = self.algorithm.credit(groups, rows)
         metrics |= credited
         taught = [row for row in kept if row.scored]
@@ -476,6 +476,7 @@ class Trainer:
         if self.parts.tasks is not None and self.recipe.eval.baselines:
             self.progress.phase("evaluating baselines")
             self.parts.tasks.baselines(self.progress.work)
+        self._keep()
         if self.recipe.eval.at_start:
             metrics = self._evaluate(BASE)
             self.log.log_metrics(0, metrics)
@@ -494,7 +495,8 @@ class Trainer:
             )
             metrics |= self.evaluations[name]
         if self.parts.tasks is not None:
-            metrics |= self.parts.tasks.play(name, self.progress.work)
+            tasks = self.parts.tasks
+            metrics |= memory.retry(lambda: tasks.play(name, self.progress.work), self._shrink_engine)
             if self.recipe.samples.every:
                 self.log.save_samples(self.done, self.parts.tasks.played, decode=self._decode, name="eval")
             # The engine would keep these prompts, and the next step's numbers would tell: a prefix that both share is
