@@ -229,4 +229,4 @@ def test_the_command_answers_for_what_is_no_run(tmp_path, run_dir, capsys):
     assert "no checkpoint has the metric 'eval/returns'; known are eval/return." in capsys.readouterr().err
     (run_dir / "recipe.yaml").write_text("checkpoint: [")
     assert cli.main(["checkpoints", str(run_dir)]) == 1
-    assert "recipe.yaml: can't be read" in capsys.readouterr().err
+    assert "recipe.yaml line 1: not valid YAML" in capsys.readouterr().err

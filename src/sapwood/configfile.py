@@ -24,10 +24,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sapwood.engines import Sampling
-from sapwood.errors import ConfigError
+from sapwood.errors import ConfigError, printable
 
 KeyPath = tuple[str | int, ...]
 SOFT = "?"
+
+#: A recipe beyond these is none: bytes of the file, values below each other, values that aliases repeat.
+_LARGEST, _DEEPEST, _MOST_ALIASED = 16 << 20, 60, 10_000
+_TOO_DEEP = f"values are nested more than {_DEEPEST} deep"
+#: Sentences about one recipe; further ones are counted. Characters of a key that are looked at.
+_SHOWN, _LONGEST_KEY = 10, 100
 
 #: Sections that are the options of a named plugin, with the keys that outlive a change of the name.
 PLUGIN_SECTIONS: dict[str, frozenset[str]] = {
@@ -71,10 +77,38 @@ class Source:
         return next((place for key, place in self.places.items() if key[: len(path)] == path), self.label)
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and dates as text."""
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and dates as text, and builds plain data only."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        """As the base class, which leaves a pair of surrogates (an emoji in JSON) as two halves."""
+        text = super().construct_scalar(node)
+        if not isinstance(text, str) or _SURROGATE.search(text) is None:
+            return text
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """As the base class; what a tag can't make of a text is an error with a line."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            kind = str(node.tag).rpartition(":")[2]
+            said = f"{_show(node.value)} can't be read as {'text' if kind == 'str' else kind}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
 
 
+def _refuse_tag(loader: Any, node: Any) -> Any:
+    said = f"a recipe is plain data, and the tag {printable(str(node.tag))!r} asks for something else"
+    raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+
+
+#: Sets, bytes and the like fit no option.
+_PLAIN = {None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))}
+_Loader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN}
+_Loader.yaml_constructors[None] = _refuse_tag
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -88,26 +122,42 @@ _Loader.add_implicit_resolver(
 
 def parse_value(text: str) -> Any:
     """The YAML value of an override. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _locate(node, (), "", {}, frozenset(), _Aliases())
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError(_TOO_DEEP) from error
+    finally:
+        loader.dispose()
 
 
 def read(path: Path) -> Source:
     """Read one recipe file; a run folder stands for its recipe.yaml. Raises ConfigError."""
-    path = path / "recipe.yaml" if path.is_dir() else path
     try:
+        named = path
+        path = path / "recipe.yaml" if path.is_dir() else path
+        if path.exists() and not path.is_file() and not (path == named and path.is_fifo()):  # a shell's <(...) is one
+            raise ConfigError(f"{path}: not a file that can be read; a recipe is a YAML file.")
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path}: too large for a recipe; put data in a file of its own and name that.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such recipe{_nearest_file(path)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (UTF-8); a recipe is YAML.") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # the latter where the name holds a NUL
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{printable(str(path))}: can't be read: {said}.") from error
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         places: dict[KeyPath, str] = {}
-        _locate(node, (), str(path), places, frozenset())
+        _locate(node, (), str(path), places, frozenset(), _Aliases())
         data = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -121,6 +171,8 @@ def read(path: Path) -> Source:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a recipe: {_TOO_DEEP}.") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -207,27 +259,51 @@ def _decides(data: Any, path: KeyPath) -> bool:
     return True
 
 
+@dataclass
+class _Aliases:
+    """Nodes that were seen, and how often one came again."""
+
+    seen: set[int] = field(default_factory=set)
+    again: int = 0
+
+
 def _locate(
-    node: yaml.Node | None, path: KeyPath, file: str, places: dict[KeyPath, str], above: frozenset[int]
+    node: yaml.Node | None,
+    path: KeyPath,
+    file: str,
+    places: dict[KeyPath, str],
+    above: frozenset[int],
+    aliases: _Aliases,
 ) -> None:
-    """Record the line of every key and list entry; refuse a key given twice, as YAML would keep the last."""
-    if node is None or id(node) in above:
+    """Record the line of every key and list entry; refuse a key given twice, as YAML would keep the last.
+
+    A value within itself, and aliases that unfold to more than a recipe holds, are refused too.
+    """
+    if node is None:
         return
+    aliases.again += id(node) in aliases.seen
+    aliases.seen.add(id(node))
+    if id(node) in above or aliases.again > _MOST_ALIASED or len(path) > _DEEPEST:
+        problem = "a value holds itself" if id(node) in above else "its aliases unfold to far too many values"
+        problem = _TOO_DEEP if len(path) > _DEEPEST else problem
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     above = above | {id(node)}
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             line, bare = key.start_mark.line + 1, key.value.removesuffix(SOFT) if len(path) < 2 else key.value
             if bare in seen and bare != "<<":
                 name, earlier = dotted((*path, bare)), seen[bare]
                 raise ConfigError(f"{file} line {line}: {name} was already set on line {earlier}; keep one.")
             seen[bare] = line
             places[(*path, key.value)] = f"{file} line {line}"
-            _locate(value, (*path, key.value), file, places, above)
+            _locate(value, (*path, key.value), file, places, above, aliases)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             places[(*path, index)] = f"{file} line {item.start_mark.line + 1}"
-            _locate(item, (*path, index), file, places, above)
+            _locate(item, (*path, index), file, places, above, aliases)
 
 
 def normalise(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,8 +353,8 @@ def override(source: Source, texts: Sequence[str]) -> Source:
     parsed.sort(key=lambda item: not _names_plugin(item[0]))
     for keys, value, text in parsed:
         data = _overlay({**DEFAULT_LISTS, **source.data}, keys, value, text)
-        path = tuple(int(key) if key.isdigit() and keys[0] in DEFAULT_LISTS else key for key in keys)
-        overlay = source_of(data, {path: f"override {text}"}, source.label)
+        path = tuple(int(key) if _is_index(key) and keys[0] in DEFAULT_LISTS else key for key in keys)
+        overlay = source_of(data, {path: f"override {printable(text)}"}, source.label)
         source = replace(merge(source, overlay), label=source.label)
     return source
 
@@ -286,13 +362,18 @@ def override(source: Source, texts: Sequence[str]) -> Source:
 def _parse_override(text: str) -> tuple[list[str], Any, str]:
     key, equals, value = text.partition("=")
     keys = [part.strip() for part in key.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"override {text!r}: write it as section.key=value, e.g. optim.learning_rate=3e-5.")
+    if not equals or not all(keys) or len(keys) > _DEEPEST:
+        raise ConfigError(f"override {_show(text)}: write it as section.key=value, e.g. optim.learning_rate=3e-5.")
     try:
         return keys, parse_value(value), text
     except yaml.YAMLError as error:
         example = """'engine.stop=["x"]'"""
-        raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it: {example}.") from error
+        raise ConfigError(f"override {_show(text)}: the value is not valid YAML; quote it: {example}.") from error
+
+
+def _is_index(key: str) -> bool:
+    """Whether a part of an override's key may be the index of a list's entry."""
+    return key.isascii() and key.isdigit() and len(key) < 10
 
 
 def _names_plugin(keys: Sequence[str]) -> bool:
@@ -306,9 +387,9 @@ def _overlay(base: Any, keys: Sequence[str], value: Any, text: str) -> Any:
     head, rest = keys[0], keys[1:]
     if not isinstance(base, list):
         return {head: _overlay(base.get(head) if isinstance(base, dict) else None, rest, value, text)}
-    if not head.isdigit() or int(head) > len(base):
+    if not _is_index(head) or int(head) > len(base):
         entries = f"its entries are 0 to {len(base) - 1}" if base else "it is empty"
-        raise ConfigError(f"override {text!r}: {head!r} is no entry of the list; {entries}.")
+        raise ConfigError(f"override {_show(text)}: {_show(head)} is no entry of the list; {entries}.")
     items = [*base, {}] if int(head) == len(base) else list(base)
     old = items[int(head)]
     # Entries with a name are plugins, so a change of it is the change of a plugin; a reward keeps its weight.
@@ -331,7 +412,9 @@ def explain(error: ValidationError, source: Source, prefix: KeyPath, model: type
         if middle and given in sentences:  # the branches of a union, one error each
             expected = f"{sentences[given].removesuffix('.')} or {expected}"
         sentences[given] = expected
-    return "\n".join(f"{given}; it should be {rest}" if rest else given for given, rest in sentences.items())
+    told = [f"{given}; it should be {rest}" if rest else given for given, rest in sentences.items()]
+    more = [f"... and {len(told) - _SHOWN:,} more of this kind."] if len(told) > _SHOWN else []
+    return "\n".join([*told[:_SHOWN], *more])
 
 
 def _named_first(sentence: str, prefix: KeyPath, source: Source) -> KeyPath:
@@ -346,17 +429,17 @@ def unknown_key(path: KeyPath, allowed: Sequence[str], elsewhere: Mapping[str, s
     """Sentence for a key that isn't one; `elsewhere`: dotted places of keys in other sections."""
     key = str(path[-1])
     where = f" in {dotted(path[:-1])}" if path[:-1] else ""
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key[:_LONGEST_KEY], allowed, n=1, cutoff=0.6)
     if near:
-        return f"unknown key {key!r}{where}; did you mean {near[0]!r}?"
+        return f"unknown key {_show(key)}{where}; did you mean {near[0]!r}?"
     if elsewhere and key in elsewhere:
-        return f"unknown key {key!r}{where}; did you mean {elsewhere[key]!r}?"
-    return f"unknown key {key!r}{where}; known are {', '.join(allowed) or 'none'}."
+        return f"unknown key {_show(key)}{where}; did you mean {elsewhere[key]!r}?"
+    return f"unknown key {_show(key)}{where}; known are {', '.join(allowed) or 'none'}."
 
 
 def dotted(path: KeyPath) -> str:
-    """("optim", "betas", 0) as "optim.betas.0"."""
-    return ".".join(str(part) for part in path)
+    """("optim", "betas", 0) as "optim.betas.0"; what a terminal would obey is escaped, and what is long is cut."""
+    return printable(".".join(str(part) for part in path))
 
 
 def _sentence(item: Any, path: KeyPath, location: KeyPath, model: type[BaseModel]) -> str:
@@ -441,7 +524,10 @@ def _elsewhere(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _show(value: Any) -> str:
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # Python writes out no number of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -72,3 +72,9 @@ class Stopped(SapwoodError):
 
 class StorageError(SapwoodError):
     """A run folder that can't be written."""
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """What a message may hold of a text of unknown origin: cut, and what a terminal would obey is escaped."""
+    shown = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

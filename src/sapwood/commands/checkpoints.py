@@ -71,17 +71,19 @@ COMMAND = Command("List, verify and prune the checkpoints of a run.", arguments,
 
 def _section(recipe: Path) -> CheckpointSection:
     """The recipe's section alone: the plugins that the rest names may be elsewhere."""
-    import yaml
     from pydantic import ValidationError
 
+    from sapwood import configfile
     from sapwood.sections import CheckpointSection
 
     try:
-        content = yaml.safe_load(recipe.read_text("utf-8"))
-        return CheckpointSection.model_validate(content.get("checkpoint") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ValidationError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise StorageError(f"{recipe}: can't be read ({first}); the run folder is damaged.") from error
+        source = configfile.read(recipe)
+        return CheckpointSection.model_validate(source.data.get("checkpoint") or {})
+    except ConfigError as error:
+        raise StorageError(f"{error} The run folder is damaged.") from error
+    except ValidationError as error:
+        told = configfile.explain(error, source, ("checkpoint",), CheckpointSection)
+        raise StorageError(f"{told} The run folder is damaged.") from error
 
 
 def _refuse_while_training(folder: Path) -> None:

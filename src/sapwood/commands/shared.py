@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def recipe_arguments(made: argparse.ArgumentParser, count: str = "+") -> None:
 
 def split(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     """(recipe files, overrides) of the command line: what names a file is a file, what holds an `=` an override."""
-    files = [item for item in arguments.recipe if "=" not in item or Path(item).exists()]
+    files = [item for item in arguments.recipe if "=" not in item or os.path.exists(item)]  # False for what is too long
     overrides = [item for item in arguments.recipe if item not in files]
     if arguments.device:
         overrides.append(f"model.device={arguments.device}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def arguments(made: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Train; the exit code."""
-    if given.resume and (Path(given.resume).is_file() or "=" in given.resume):
+    if given.resume and (os.path.isfile(given.resume) or "=" in given.resume):
         # A run and a checkpoint are folders: argparse took the recipe after a bare --resume for a path.
         given.recipe, given.resume = [given.resume, *given.recipe], ""
     if not given.recipe and not given.resume:
@@ -123,7 +124,7 @@ def _recipe(given: argparse.Namespace) -> tuple[Recipe, Path]:
         if given.resume is None:
             recipe = _repeated(recipe, files, overrides)
         return recipe, recipe.run.dir
-    runs = (f for f in (path, *path.parents[:3]) if (f / "recipe.yaml").is_file())
+    runs = (f for f in (path, *path.parents[:3]) if os.path.isfile(f / "recipe.yaml"))
     folder = next((f for f in runs if f.parent.name != "checkpoints"), None)  # a checkpoint has a recipe too
     if folder is None:
         raise StorageError(f"--resume: {path} is no run folder and no checkpoint of one.")
