@@ -116,7 +116,11 @@ USAGE = [
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
     (["xyzzy"], "known are train, checkpoints"),
     (["train"], "give a recipe, or --resume RUN"),
-    (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry"),
+    (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry; did you mean '--dry-run'?"),
+    (["train", "r.yaml", "--algoritm", "dpo"], "unrecognized arguments: --algoritm dpo; did you mean '--algorithm'?"),
+    (["data", "prepare", "hhrlhf"], "did you mean 'hh-rlhf'?"),
+    (["generate", "m", "--prompt", "a", "--seed", "-1"], "-1 is not a seed, which is 0 or more"),
+    (["data", "pairs", "r.jsonl", "--out", "x", "--seed", "-1"], "-1 is not a seed"),
     (["eval"], "required: RECIPE|RUN|MODEL"),
     (["export", "r"], "required: OUT"),
     (["rollout", "r.yaml"], "required: --out"),
@@ -269,6 +273,26 @@ def test_eval_takes_a_recipe_with_adapters_or_a_run(
     assert [call[1:3] for call in library.calls] == [([Path("a"), Path("b")], 3), ([tmp_path], None), (None, None)]
     assert library.calls[0][0].model.device == "cpu"
     assert library.calls[2][0].run.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "goes_on"),
+    [
+        (["generate", "m", "--prompt", "a", "--out", "x.jsonl"], True),
+        (["generate", "m", "--prompt", "a"], False),
+        (["data", "prepare", "belle"], True),
+        (["list"], False),
+    ],
+)
+def test_ctrl_c_says_whether_the_command_goes_on(
+    given: list[str], goes_on: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", stop)
+    assert cli.main(given) == 130
+    assert capsys.readouterr().err.endswith("the same command goes on from there.\n") == goes_on
 
 
 def test_eval_adds_metrics(recipe: Path, library: Any) -> None:

@@ -6,13 +6,15 @@ Exit codes: 0 done, 1 an error that a sentence on stderr explains, 2 wrong usage
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sapwood.commands import Command, checkpoints, replay, report, train, view
 from sapwood.commands.shared import load, positive, recipe_arguments, show_progress
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sapwood: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("sapwood: stopped by Ctrl-C.", file=sys.stderr)
+        kept = "; what is done is kept, and the same command goes on from there" if _goes_on(given) else ""
+        print(f"sapwood: stopped by Ctrl-C{kept}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `sapwood list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,14 +86,18 @@ def _dispatch(given: list[str]) -> int:
         print(f"sapwood data: name what to do.\n{_help_of_data()}", file=sys.stderr)
         return 2
     if command not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(given[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COMMANDS)}."
         print(f"sapwood: unknown command {given[0]!r}; {hint}", file=sys.stderr)
         return 2
     namespace = parser(command).parse_intermixed_args(given[len(command.split()) :])
     return COMMANDS[command].run(namespace)
+
+
+def _goes_on(given: Sequence[str]) -> bool:
+    """Whether a command that is interrupted is continued by repeating it."""
+    writes = any(word.partition("=")[0] == "--out" for word in given)
+    return list(given[:2]) == ["data", "prepare"] or (given[0] == "generate" and writes)
 
 
 def _verbose(given: Sequence[str]) -> bool:
@@ -100,13 +107,33 @@ def _verbose(given: Sequence[str]) -> bool:
 # ---- help ---------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Offers the nearest option or choice for one that there isn't."""
+
+    def error(self, message: str) -> NoReturn:
+        """As the base class: usage, the sentence, exit code 2."""
+        wrong, words = "", list[str]()
+        if unknown := re.match(r"unrecognized arguments: (--?[\w-]+)", message):
+            wrong, words = unknown.group(1), [word for action in self._actions for word in action.option_strings]
+        elif unknown := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            wrong, words = unknown.group(1), [word.strip(" '") for word in unknown.group(2).split(",")]
+        near = difflib.get_close_matches(wrong, words, n=1)
+        super().error(f"{message}; did you mean {near[0]!r}?" if near else message)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a seed, which is 0 or more")
+    return int(text)
+
+
 def parser(name: str) -> argparse.ArgumentParser:
     """The argument parser of a command."""
 
     def formatter(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=28, width=WIDTH)
 
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=f"sapwood {name}", description=COMMANDS[name].summary, formatter_class=formatter, allow_abbrev=False
     )
     COMMANDS[name].arguments(made)
@@ -207,7 +234,7 @@ def _generate_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop below this share of the top (0.0)")
     made.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of a reply (128)")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
+    made.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the sampling (0)")
     made.add_argument("--batch", type=positive, default=32, metavar="N", help="replies sampled, then written, together")
     made.add_argument("--dtype", metavar="NAME", help="type of the weights: auto, float32, bfloat16 or float16")
     made.add_argument("--device", metavar="NAME", help="where to run: auto, cpu, cuda or cuda:1")
@@ -226,6 +253,7 @@ def _export_arguments(made: argparse.ArgumentParser) -> None:
 def _data_check_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("files", nargs="+", metavar="FILE", help="JSON, JSONL, CSV or Parquet, a folder or a hub id")
     made.add_argument("--model", metavar="NAME", help="measure lengths in this model's tokens, by its chat template")
+    made.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the model's own")
     made.add_argument(
         "--field", action="append", default=[], metavar="KEY=VALUE", help="as in data: input=problem, split=train ..."
     )
@@ -246,7 +274,7 @@ def _data_pairs_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--min-gap", type=float, default=0.0, metavar="R", help="rewards must differ by more (0)")
     made.add_argument("--answers", action="store_true", help="a task's own answer counts as a reply with reward 1")
     made.add_argument("--shuffle", action="store_true", help="draw which is chosen: the twin that teaches nothing")
-    made.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice among equals (0)")
+    made.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the choice among equals (0)")
 
 
 def _data_prepare_arguments(made: argparse.ArgumentParser) -> None:
@@ -425,10 +453,12 @@ def _data_check(arguments: argparse.Namespace) -> int:
     with show_progress() as progress:
         chat = None
         if arguments.model:
-            from sapwood.chat import Chat
-            from sapwood.models.load import load_tokenizer
+            from sapwood.opening import locate, open_chat
 
-            chat = Chat(load_tokenizer(arguments.model))
+            template = {"chat_template": arguments.chat_template} if arguments.chat_template else {}
+            chat = open_chat(locate(arguments.model, **template))
+        elif arguments.chat_template:
+            raise ConfigError("--chat-template is tried with a model's tokenizer: give --model too.")
         report = check(arguments.files, options, chat, progress.work)
     print(json.dumps(report.to_json(), indent=2, ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
     return 0 if report.good else 1

@@ -106,8 +106,21 @@ def make_engine(name: str, policy: Policy, options: Mapping[str, Any]) -> Engine
 
 def build_chat(policy: Policy, section: ModelSection) -> Chat:
     """The policy's chat, with the section's template file if it names one. Raises DataError if it can't be read."""
+    return _chat(policy.tokenizer, section)
+
+
+def open_chat(origin: Origin) -> Chat:
+    """The chat of a model whose weights are not needed. Raises ModelError, DataError."""
+    from sapwood.models.load import called, load_tokenizer
+
+    section = origin.section
+    with called(""):
+        return _chat(load_tokenizer(section.name, section.trust_remote_code, section.cache_dir), section)
+
+
+def _chat(tokenizer: Any, section: ModelSection) -> Chat:
     if section.chat_template is None:
-        return Chat(policy.tokenizer, title=f"the chat template of {section.name}")
+        return Chat(tokenizer, title=f"the chat template of {section.name}")
     try:
         template = section.chat_template.expanduser().read_text("utf-8")
     except OSError as error:
@@ -116,7 +129,7 @@ def build_chat(policy: Policy, section: ModelSection) -> Chat:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"model.chat_template: {section.chat_template} is no UTF-8 text; give a Jinja file.") from error
-    return Chat(policy.tokenizer, template, title=f"model.chat_template ({section.chat_template})")
+    return Chat(tokenizer, template, title=f"model.chat_template ({section.chat_template})")
 
 
 def _section(given: Mapping[str, Any], options: Mapping[str, Any]) -> ModelSection:

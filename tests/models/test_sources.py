@@ -123,6 +123,15 @@ def test_the_nearest_name_is_offered(model_dir, monkeypatch):
     assert refusal("./tny").endswith("did you mean 'tiny'?")
 
 
+def test_a_run_is_offered_where_runs_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "dpo").mkdir(parents=True)
+    (tmp_path / "runs" / "dpo" / "recipe.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with called(""):
+        assert refusal("runs/dpoo").endswith("did you mean 'runs/dpo'?")
+    assert "did you mean" not in refusal("runs/dpoo")
+
+
 def test_a_run_without_a_checkpoint_is_told_from_a_wrong_path(model_dir, tmp_path):
     (tmp_path / "recipe.yaml").write_text("run: {dir: x, steps: 1}\n")
     assert "is a run that has saved no checkpoint yet" in refusal(model_dir, init_from=tmp_path)

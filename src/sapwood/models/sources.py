@@ -135,10 +135,14 @@ def _instead(folder: Path) -> str:
 
 
 def nearest(name: str) -> str | None:
-    """The known name, or the model's folder beside where `name` would be, that is spelled most like it."""
+    """The known name, or the model's folder beside where `name` would be, that is spelled most like it.
+
+    Where the user may name runs too, as on the command line, they count.
+    """
     path = Path(name).expanduser()
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    names = [str(path.parent / item.name) for item in beside if (item / "config.json").is_file()]
+    signs = ("config.json", "adapter_config.json", "recipe.yaml") if not option("name") else ("config.json",)
+    names = [str(path.parent / item.name) for item in beside if any((item / sign).is_file() for sign in signs)]
     wanted = name.removeprefix("./")
     return next(iter(difflib.get_close_matches(wanted, [*BUNDLED, *names], n=1)), None)
 
