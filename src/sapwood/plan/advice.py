@@ -8,6 +8,7 @@ from typing import Any
 
 from sapwood.config import Recipe, parse_recipe
 from sapwood.errors import SapwoodError
+from sapwood.memory import largest_unit
 from sapwood.models.load import pick_device
 from sapwood.plan.machine import Room
 from sapwood.plan.making import Plan, Survey, of_survey
@@ -115,12 +116,8 @@ def _token_budget(survey: Survey, space: Room) -> Iterator[Change]:
     work, memory = survey.work, survey.memory
     if not work.largest:
         return
-    least = max(len(row.token_ids) for step in work.steps for micro in step.scoring for row in micro)
-    if survey.parts.algorithm.atomic:
-        units: dict[int, list[Any]] = {}
-        for row in work.largest:
-            units.setdefault(row.group, []).append(row)
-        least = max(least, *map(nodes, units.values()))
+    micros = [micro for step in work.steps for update in step.updates for micro in update]
+    least = largest_unit(micros, atomic=survey.parts.algorithm.atomic)
     moving = sum(part.at("learning") for part in memory.parts if part.name in ("activations", "kept by the allocator"))
     stays = memory.total("learning") - moving
     share = (space.bytes - stays) / max(moving, 1)

@@ -23,7 +23,7 @@ from sapwood.parts import Parts
 from sapwood.plan.machine import MIB
 from sapwood.plan.meter import held
 from sapwood.plan.passes import ACTIVATIONS, GRADIENTS, LOGITS, Pass, Passes
-from sapwood.plan.workload import Workload, nodes
+from sapwood.plan.workload import Played, Workload, nodes
 from sapwood.rewards.reward_model import RewardModel
 
 PHASES: tuple[str, ...] = ("loading", "evaluating", "sampling", "scoring", "learning", "updating", "saving")
@@ -168,8 +168,9 @@ class Sizes:
             activations[phase] = max(activations.get(phase, 0), made)
             logits[phase] = max(logits.get(phase, 0), one.peak.by_label.get(LOGITS, 0))
             churn[phase] = one.work.churn * longer
-        # AdamW goes parameter by parameter on a CPU, with two arrays of the largest.
-        temporary = {"updating": max(2 * self.largest, self.sampler.reloading)}
+        # AdamW goes parameter by parameter on a CPU, with two arrays of the largest, and over all at once on a GPU.
+        step = 2 * self.largest if self.device == "cpu" else self.gradients
+        temporary = {"updating": max(step, self.sampler.reloading)}
         held_back = {}
         for phase in PHASES:
             live = activations.get(phase, 0) + logits.get(phase, 0) + temporary.get(phase, 0)
@@ -332,12 +333,18 @@ def _sampler(recipe: Recipe, parts: Parts, work: Workload, device: str) -> Sampl
     chunk = {phase: min(options.prefill_chunk, int(one.prompt_tokens) + 1) for phase, one in played.items()}
     return Sampler(
         copies=copies + packed + head,
-        # An evaluation's prompts stay until the policy changes, beside those of the step that follows.
-        kept=token * sum(one.kept(options.max_batch, options.kv_budget_tokens) for one in played.values()),
+        kept=token * _kept(list(played.values()), options),
         drawing=rows * model.get_input_embeddings().weight.shape[0] * 4 * _DRAW,
         prefill={p: chunk[p] * width * shape.dtype.itemsize for p, one in played.items() if one.episodes},
         reloading=packed,
     )
+
+
+def _kept(played: Sequence[Played], options: LocalOptions) -> int:
+    """Tokens with keys and values: an evaluation's prompts stay until the policy changes, beside those of the step that
+    follows; rows have one buffer, made for the most of them."""
+    shared = sum(one.shared(options.max_batch, options.kv_budget_tokens) for one in played)
+    return min(shared, options.kv_budget_tokens) + max(one.tails(options.max_batch) for one in played)
 
 
 def _packs() -> bool:

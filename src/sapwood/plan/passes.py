@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -278,6 +279,11 @@ class Passes:
         return Pass(meter.peak, meter.total, meter.work, len(tree), 0)
 
 
+def _head_is_through(meter: Meter, _: Tensor) -> None:
+    """Called with the gradient of the last hidden states. No method of `_Forward`, which would outlive its pass."""
+    meter.label = ACTIVATIONS
+
+
 def _all(models: Models) -> list[torch.nn.Module]:
     """Every module of every role; a module that several share may come several times."""
     found = [models.policy.model]
@@ -309,13 +315,9 @@ class _Forward:
             with role(policy.role), mixed_precision("meta", self.passes.models.autocast):
                 states = self._trunk(policy)
             if states.requires_grad:
-                # Once the gradient is here, the head is through.
-                states.register_hook(self._trunk_again)
+                states.register_hook(partial(_head_is_through, self.meter))
             self._hidden[key] = Hidden(self.batch, states, ())
         return self._hidden[key]
-
-    def _trunk_again(self, _: Tensor) -> None:
-        self.meter.label = ACTIVATIONS
 
     def _trunk(self, policy: Policy) -> Tensor:
         base = causal_lm(policy.model)

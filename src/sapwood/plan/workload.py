@@ -18,6 +18,7 @@ from sapwood.chat import Chat
 from sapwood.config import Recipe
 from sapwood.engines import Completion, Engine, Request, Sampling
 from sapwood.envs import EnvFamily
+from sapwood.learner import split_updates
 from sapwood.parts import Parts
 from sapwood.rollout import collect, to_rows
 from sapwood.source import FIRST_RECORDS, ORDER, Rollouts, derive
@@ -29,7 +30,7 @@ from sapwood.types import Group, Ids, Row, StopReason, Task
 EPISODES, ISOLATED = 128, 16
 #: Probability that two replies to a prompt that agree so far agree on the next token too: between those of a model that
 #: fills in a short form and one that says anything. A plan's upper bound takes it as 0.
-AGREE = 0.75
+AGREE = 0.78
 #: Held-out tasks that are played for the same purpose.
 HELD_OUT = 16
 #: As `sapwood.engines.local` has them: columns reserved ahead, and prompts whose end is copied for a few readers.
@@ -68,13 +69,17 @@ class Played:
     suffix: int = 0
     limit: int = 0
 
-    def kept(self, max_batch: int, budget: int) -> int:
-        """Tokens whose keys and values the local engine holds at once: shared prompts, and the tails of the rows."""
-        rows = min(max_batch, self.episodes)
-        columns = self.suffix + self.below + min(_ROOM, self.limit)
-        idle = (self.episodes - rows) * self.below
-        # Only what is idle gives way to the budget; the rows that run stay.
-        return int(min(self.first + idle, budget) + rows * columns)
+    def shared(self, max_batch: int, budget: int) -> int:
+        """Tokens whose keys and values the local engine keeps outside of running rows: prompts, and idle episodes.
+
+        They give way to the budget; the rows that run don't.
+        """
+        idle = max(self.episodes - max_batch, 0) * self.below
+        return int(min(self.first + idle, budget))
+
+    def tails(self, max_batch: int) -> int:
+        """Tokens that the rows which run have to themselves, room for their replies included."""
+        return min(max_batch, self.episodes) * (self.suffix + self.below + min(_ROOM, self.limit))
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,8 @@ class Packer:
     def step(self, rows: list[Row], extra: Sequence[Row], number: int) -> Step:
         """The updates and the scoring pass of step `number`."""
         taught = [row for row in rows if row.scored]
-        groups = sorted({row.group for row in taught})
-        order = np.random.default_rng(derive(self.seed, ORDER, number)).permutation(groups)
-        parts = [set(part.tolist()) for part in np.array_split(order, min(self.updates, max(len(groups), 1)))]
-        updates = [self.micro([row for row in taught if row.group in part]) for part in parts]
-        return Step(updates, self.micro([*rows, *extra]))
+        parts = split_updates(taught, self.updates, derive(self.seed, ORDER, number)) if taught else []
+        return Step([self.micro(part) for part in parts], self.micro([*rows, *extra]))
 
 
 def _steps(recipe: Recipe, parts: Parts, packer: Packer) -> tuple[list[Step], Played]:
@@ -197,7 +199,7 @@ def _of_rollouts(parts: Parts, source: Rollouts, packer: Packer, per_step: int) 
 class RandomReplies(Engine):
     """Answers every request at once with random tokens, as many as it may have; for plans.
 
-    agree: probability that a reply goes on like an earlier one to the same prompt that it has followed so far.
+    agree: probability that a reply goes on like an earlier one to the same prompt, token by token.
     """
 
     def __init__(self, vocabulary: int, context: int, avoid: Sequence[int] = (), agree: float = AGREE) -> None:
@@ -229,13 +231,12 @@ class RandomReplies(Engine):
         rng = np.random.default_rng(request.seed)
         ids: Ids = rng.choice(self._tokens, length)
         followed = self._earlier.setdefault(request.token_ids.tobytes(), [])
-        siblings = [other for other in followed if len(other) == length]
-        for at in range(length):
-            # Each of those that it has followed so far is agreed with by chance.
-            if not siblings or rng.random() < (1.0 - self._agree) ** len(siblings):
-                break
-            ids[at] = siblings[int(rng.integers(len(siblings)))][at]
-            siblings = [other for other in siblings if other[at] == ids[at]]
+        if followed:
+            # How far it agrees with each of them, by chance; the longest is the prefix that it shares.
+            same = rng.geometric(max(1.0 - self._agree, 1e-9), len(followed)) - 1
+            nearest = int(np.argmax(same))
+            shared = min(int(same[nearest]), length, len(followed[nearest]))
+            ids[:shared] = followed[nearest][:shared]
         followed.append(ids)
         zeros = np.zeros(length, np.float32)
         return Completion(request.id, ids, zeros, zeros, StopReason.LENGTH)
