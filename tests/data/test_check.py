@@ -115,9 +115,16 @@ def test_the_command(
     assert cli.main(["data", "check", str(good), str(bad), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["records"], len(found["bad"])) == (101, 1)
-    monkeypatch.setattr(load, "load_tokenizer", lambda name: tokenizer())
-    assert cli.main(["data", "check", str(good), "--model", "tiny", "--field", "output=response"]) == 0
+    monkeypatch.setattr(load, "load_tokenizer", lambda *_: tokenizer())
+    given = ["data", "check", str(good), "--field", "output=response"]
+    assert cli.main([*given, "--model", "tiny"]) == 0
     assert "length in tokens" in capsys.readouterr().out
+    template = tmp_path / "my.jinja"
+    template.write_text("{{ nothing() }}")
+    assert cli.main([*given, "--model", "tiny", "--chat-template", str(template)]) == 1
+    assert f"model.chat_template ({template}) refuses" in capsys.readouterr().err
+    assert cli.main([*given, "--chat-template", str(template)]) == 1
+    assert "give --model too" in capsys.readouterr().err
     assert cli.main(["data", "check", str(tmp_path / "none.jsonl")]) == 1
     assert cli.main(["data"]) == 2
     assert "data prepare" in capsys.readouterr().out
