@@ -259,6 +259,20 @@ def test_rewards_are_weighted_and_named():
     assert (good.reward, good.reward_parts) == (4.0, {"env": 4.0})
 
 
+def test_a_reward_that_changes_what_it_reads_is_told() -> None:
+    class Forgetful(Reward):
+        def score(self, groups):
+            for group in groups:
+                group.trajectories[0].turns.clear()
+            return [[{"x": 0.0} for _ in group.trajectories] for group in groups]
+
+    turn = Turn(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros(1), StopReason.EOS, "hi")
+    task = Task("t")
+    group = Group(task, [Trajectory(task, [turn])])
+    with pytest.raises(DataError, match="reward 'Forgetful' changed the turns of a trajectory"):
+        apply_rewards([group], [Forgetful()])
+
+
 @pytest.mark.parametrize(
     ("scores", "sentence"),
     [
@@ -281,9 +295,9 @@ def test_a_reward_must_score_everything():
             return [[] for _ in groups] if self.inner else []
 
     task = Task("t")
-    with pytest.raises(DataError, match="'Short' must return a list with one entry for each of 1 groups"):
+    with pytest.raises(DataError, match="'Short' must return a list with one entry a group, 1 here"):
         apply_rewards([Group(task, [Trajectory(task)])], [Short()])
-    with pytest.raises(DataError, match=r"'Short', task 't'.*each of 1 trajectories"):
+    with pytest.raises(DataError, match=r"'Short', task 't'.*one dict a trajectory, 1 here"):
         apply_rewards([Group(task, [Trajectory(task)])], [Short(inner=True)])
 
 

@@ -357,7 +357,11 @@ def _reward_name(reward: Reward) -> str:
 def _scores(name: str, reward: Reward, groups: Sequence[Group]) -> Any:
     if type(reward).__module__.startswith("sapwood."):
         return reward.score(groups)
-    return plugins.call(f"reward {name!r}", reward.score, groups)
+    turns = [len(trajectory.turns) for group in groups for trajectory in group.trajectories]
+    scores = plugins.call(f"reward {name!r}", reward.score, groups)
+    if turns != [len(trajectory.turns) for group in groups for trajectory in group.trajectories]:
+        raise DataError(f"reward {name!r} changed the turns of a trajectory; a reward reads them only.")
+    return scores
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -366,11 +370,11 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 def _check_scores(name: str, scores: Any, groups: Sequence[Group]) -> None:
     if not isinstance(scores, list) or len(scores) != len(groups):
-        raise DataError(f"reward {name!r} must return a list with one entry for each of {len(groups)} groups.")
+        raise DataError(f"reward {name!r} must return a list with one entry a group, {len(groups)} here.")
     for group, members in zip(groups, scores, strict=True):
         where = f"reward {name!r}, task {group.task.id!r}"
         if not isinstance(members, list) or len(members) != len(group.trajectories):
-            raise DataError(f"{where}: it must return one dict for each of {len(group.trajectories)} trajectories.")
+            raise DataError(f"{where}: it must return one dict a trajectory, {len(group.trajectories)} here.")
         for parts in members:
             if not isinstance(parts, dict):
                 raise DataError(f"{where}: it must return a dict of named parts, not {described(parts)}.")
