@@ -87,6 +87,7 @@ def _run(command: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()  # a crash tells where, in the log
     recipe = Path(command["log"]).with_suffix(".json")
     recipe.write_text(json.dumps(command["recipe"]))
     from sapwood.cli import main

@@ -14,7 +14,7 @@ from tests.tracking import Broken, Hangs, Recorder, Refuses
 
 from sapwood.errors import ConfigError, MissingExtra
 from sapwood.trackers import TrackedRun, Tracker, _hub
-from sapwood.trackers._hub import Trackers, distributions, picked, quiet_stdout, shown
+from sapwood.trackers._hub import Trackers, distributions, picked, quiet_stdout, shown, watch_stdout
 from sapwood.trackers.check import check_tracker
 
 
@@ -172,7 +172,9 @@ def test_what_trackers_print_does_not_reach_standard_output(run, capsys):
     assert notes == ["tracker Chatty: https://example.org/run"]
 
 
-def test_other_threads_print_while_one_is_silent(capsys):
+def test_other_threads_print_while_one_is_silent(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back at the end
+    watch_stdout()
     before = sys.stdout
     with quiet_stdout():
         with quiet_stdout():
@@ -181,7 +183,8 @@ def test_other_threads_print_while_one_is_silent(capsys):
         other.start()
         other.join()
         print("dropped too")
-    assert sys.stdout is before
+        assert sys.stdout is before
+    assert sys.stdout is before  # a stream that is replaced while another thread prints ends the process
     assert capsys.readouterr().out == "kept\n"
 
 

@@ -66,6 +66,8 @@ class Trackers:
 
         Raises the SapwoodError of the first one that says what a user can mend; the others are ended then.
         """
+        if self._named:
+            watch_stdout()
         ids = _Ids(run.dir / IDS)
         known = ids.read()
         for label, tracker in self._named:
@@ -370,23 +372,31 @@ class _Stdout:
 _stdout_lock = threading.Lock()
 
 
+def watch_stdout() -> None:
+    """Put a `_Stdout` in place of standard output, for the rest of the process; call it in the main thread.
+
+    Never while another thread may print, and never from one: `print` looks the stream up without holding on to it, so
+    that a stream which is replaced meanwhile is freed under it, and the process dies.
+    """
+    if not isinstance(sys.stdout, _Stdout):
+        sys.stdout = _Stdout(sys.stdout)
+
+
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Drop what this thread prints to standard output; other threads print as ever."""
-    thread = threading.get_ident()
+    """Drop what this thread prints to standard output, once `watch_stdout` was called; others print as ever."""
+    thread, stream = threading.get_ident(), sys.stdout
+    if not isinstance(stream, _Stdout):
+        yield
+        return
     with _stdout_lock:
-        if not isinstance(sys.stdout, _Stdout):
-            sys.stdout = _Stdout(sys.stdout)
-        mine = sys.stdout
-        mine.silent[thread] += 1
+        stream.silent[thread] += 1
     try:
         yield
     finally:
         with _stdout_lock:
-            mine.silent[thread] -= 1
-            mine.silent += Counter()  # only those that are still counted
-            if sys.stdout is mine and not mine.silent:
-                sys.stdout = mine.real
+            stream.silent[thread] -= 1
+            stream.silent += Counter()  # only those that are still counted
 
 
 def _labelled(named: Sequence[tuple[str, Tracker]]) -> list[tuple[str, Tracker]]:
