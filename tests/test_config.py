@@ -339,9 +339,7 @@ def test_rewards_that_only_a_world_pays_teach_nothing_on_prompts(base: Path, tmp
     load_recipe(base, ["rewards=[env, exact_match]"]).check_trainable()
     load_recipe(base, ["env=hvac"]).check_trainable()
     data = write(tmp_path / "d.yaml", "run: {dir: x, steps: 1}\n" + RECORDS + "algorithm: grpo\nrewards: [format]\n")
-    with pytest.raises(
-        ConfigError, match=r"^rewards\.0: format reads what an env parsed, and there is none: give"
-    ):
+    with pytest.raises(ConfigError, match=r"^rewards\.0: format reads what an env parsed, and there is none: give"):
         load_recipe(data).check_trainable()
     load_recipe(data, ["rewards.0.pattern=x+"]).check_trainable()
 

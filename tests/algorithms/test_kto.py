@@ -144,7 +144,7 @@ def test_a_batch_of_one_prompt_keeps_the_point_before() -> None:
     assert algorithm.credit([], rows)[1]["kl"] == 0.0
     # Trained on one prompt at a time there would never be a point.
     algorithm.begin(1, 10)
-    with pytest.raises(DataError, match="this batch of 1 has a single prompt: raise optim.batch_size"):
+    with pytest.raises(DataError, match=r"this batch of 1 has a single prompt: raise optim\.batch_size"):
         algorithm.credit([], rows)
     algorithm = KTO(loss_type="apo_zero_unpaired")
     algorithm.begin(1, 10)
