@@ -127,5 +127,5 @@ def test_the_command(
     assert "give --model too" in capsys.readouterr().err
     assert cli.main(["data", "check", str(tmp_path / "none.jsonl")]) == 1
     assert cli.main(["data"]) == 2
-    assert "data prepare" in capsys.readouterr().out
+    assert "data prepare" in capsys.readouterr().err
     assert cli.main(["data", "--help"]) == 0

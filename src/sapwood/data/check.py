@@ -20,7 +20,7 @@ from sapwood.data.groups import Grouper
 from sapwood.data.section import DataSection, SourceSection
 from sapwood.data.store import Store, open_store
 from sapwood.data.words import counted
-from sapwood.errors import DataError
+from sapwood.errors import DataError, printable
 
 PERCENTILES = (0, 50, 90, 95, 99, 100)
 #: Language or script -> ranges of its letters' code points.
@@ -168,9 +168,10 @@ def _source(path: str, options: Mapping[str, Any]) -> SourceSection:
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, SourceSection.model_fields, n=1)
             known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SourceSection.model_fields)}."
-            raise DataError(f"{key!r} is no key of a data source; {known}") from error
+            raise DataError(f"{printable(repr(key))} is no key of a data source; {known}") from error
         problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-        raise DataError(f"{key}={first['input']!r}: {problem}." if key else f"{problem}.") from error
+        given = printable(repr(first["input"]))
+        raise DataError(f"{key}={given}: {problem}." if key else f"{problem}.") from error
 
 
 def _lengths(record: Record, grouper: Grouper | None) -> tuple[int, list[int]]:

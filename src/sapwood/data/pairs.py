@@ -7,8 +7,8 @@ sapwood data pairs rollouts.jsonl --out pairs.jsonl
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sapwood.errors import ConfigError, DataError, StorageError
+from sapwood.paths import replacing
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,12 @@ def write_pairs(
     coin's throw, for the twin of an experiment, from which nothing can be learnt. Raises DataError for a line that
     isn't a single-turn rollout, StorageError where `out` can't be written.
     """
-    if per_task < 1 or min_gap < 0:
+    if per_task < 1 or not 0 <= min_gap < math.inf:
         raise ConfigError("pairs of a task must be at least 1, and the gap of their rewards not negative.")
     rng = np.random.default_rng(seed)
     tasks = pairs = even = 0
-    aside = out.with_name(out.name + ".part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as file:
+        with replacing(out) as file:
             for _, members in groupby(_rollouts(rollouts), key=lambda record: (record["group"], record["task"])):
                 tried = list(members)
                 if answers and tried[0].get("answer") is not None:
@@ -66,7 +65,6 @@ def write_pairs(
                     found = [_swapped(pair) if rng.random() < 0.5 else pair for pair in found]
                 tasks, pairs, even = tasks + 1, pairs + len(found), even + (not found)
                 file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
-        os.replace(aside, out)
     except OSError as error:
         raise StorageError(f"{out}: can't be written ({error.strerror or error}).") from error
     return PairCounts(tasks, pairs, even)
@@ -89,15 +87,44 @@ def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
 def _rollout(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); give a file of `sapwood rollout`.") from error
+    except (ValueError, RecursionError) as error:  # the latter, and numbers of thousands of digits, aren't damage
+        said = getattr(error, "msg", None) or str(error)
+        raise DataError(f"{where}: not JSON ({said}); give a file of `sapwood rollout`.") from error
     if not isinstance(record, dict) or not {"group", "task", "reward", "turns", "messages"} <= record.keys():
         raise DataError(f"{where}: not a rollout (a rollout has task, group, reward, messages and turns).")
+    problem = _wrong(record)
+    if problem is not None:
+        raise DataError(f"{where}: not a rollout, {problem}; give a file of `sapwood rollout`.")
     if len(record["turns"]) > 1 or not record["messages"]:
         raise DataError(
             f"{where}: only single-turn rollouts on given prompts can be paired; this one is of another kind."
         )
     return record
+
+
+def _wrong(record: Mapping[str, Any]) -> str | None:
+    """What in a rollout isn't of its type, or None."""
+    reward, turns, messages = record["reward"], record["turns"], record["messages"]
+    if record.get("error") is None and not _is_finite(reward):
+        return "its reward is no number"
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and _is_text(t.get("reply")) for t in turns):
+        return "its turns are no list of replies"
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in messages
+    ):
+        return "its messages have no role and content"
+    if isinstance(record.get("answer"), list | dict | str) and not _is_text(str(record["answer"])):
+        return "its answer is no text"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it can be written as UTF-8: half of a surrogate pair can't."""
+    return isinstance(value, str) and (value.isascii() or value.encode("utf-8", "ignore").decode() == value)
 
 
 def _pairs(

@@ -6,6 +6,7 @@ goes on from there. It gets its name when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from sapwood.data import Progress, Record
 from sapwood.data.read import Input, kind_of, resolve
 from sapwood.data.section import SourceSection
 from sapwood.data.shapes import BadRecord, Normaliser
-from sapwood.errors import DataError, StorageError
+from sapwood.errors import DataError, StorageError, printable
 from sapwood.types import Message
 
 _LAYOUT = 1
@@ -182,7 +183,7 @@ class _File:
                     f"{self._path} is there already and was made from other data or with other options; remove it or "
                     "choose another --output."
                 )
-            return self._told(Prepared(**notes[self._path.name]), already=True)
+            return self._told(_prepared(notes[self._path.name]), already=True)
         done = self._resumed()
         with self._part.open("r+b" if self._part.exists() else "w+b") as out:
             out.truncate(done.size)
@@ -203,9 +204,10 @@ class _File:
     def _resumed(self) -> Prepared:
         """How far an earlier run came, if it was making the same."""
         if self._state.is_file() and self._part.is_file():
-            state = Prepared(**json.loads(self._state.read_text()))
-            if state.key == self._key and self._part.stat().st_size >= state.size:
-                return state
+            with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):  # a damaged one says nothing
+                state = _prepared(json.loads(self._state.read_text()))
+                if state.key == self._key and self._part.stat().st_size >= state.size:
+                    return state
         return Prepared(self._key)
 
     def _copy(self, out: IO[bytes], done: Prepared) -> None:
@@ -256,7 +258,29 @@ def _note(done: Prepared) -> dict[str, Any]:
 
 def _read_notes(folder: Path) -> dict[str, Any]:
     note = folder / _NOTE
-    return json.loads(note.read_text()) if note.is_file() else {}
+    if not note.exists():
+        return {}
+    try:
+        notes = json.loads(note.read_text()) if note.is_file() else None
+        if not isinstance(notes, dict):
+            raise ValueError("it is no object")
+        for told in notes.values():
+            _prepared(told)
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise StorageError(
+            f"{note}: can't be read ({printable(str(error))}), so it isn't known which files beside it are whole; "
+            "remove it with them, or choose another --output."
+        ) from error
+    return notes
+
+
+def _prepared(note: Any) -> Prepared:
+    """A note read back. Raises TypeError or ValueError for what isn't one."""
+    made = Prepared(**note)
+    counts = (made.entries, made.records, made.bad, made.size)
+    if not isinstance(made.key, str) or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError("counts and keys are of other types")
+    return made
 
 
 def _write_json(path: Path, data: Any) -> None:

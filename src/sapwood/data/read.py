@@ -12,17 +12,18 @@ import difflib
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from sapwood.data.section import SourceSection
 from sapwood.data.words import described
-from sapwood.errors import DataError
+from sapwood.errors import DataError, printable
 
 Entry = tuple[int, "dict[str, Any] | None", str]
 #: Called with the bytes (or rows) consumed so far.
@@ -32,6 +33,7 @@ SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _EVERY = 2000  # entries between two reports of progress
 _CHUNK = 1 << 20
+_TOO_LONG = "is longer than any record"
 _LONGEST = 256 << 20  # characters of one JSON value; what is longer has lost its closing bracket
 
 
@@ -57,8 +59,8 @@ class Input(ABC):
 
 def resolve(source: SourceSection) -> list[Input]:
     """The files of a source, or its hub set. Raises DataError for a path that leads nowhere."""
-    path = Path(source.path).expanduser()
-    if not path.exists() and names_function(source.path):
+    path = Path(os.path.expanduser(source.path))  # unlike Path's own, it leaves the home of nobody as it is
+    if not os.path.exists(path) and names_function(source.path):
         from sapwood.data.function import FunctionInput  # which imports this module
 
         return [FunctionInput(source)]
@@ -66,18 +68,18 @@ def resolve(source: SourceSection) -> list[Input]:
         return [HubInput(source)]
     if source.revision is not None:
         raise DataError(f"{source.path}: revision is for hub sets, and this is a file or folder; remove it.")
-    if path.is_dir():
+    if os.path.isdir(path):
         return [FileInput(file, source.format) for file in _folder(path, source)]
     if source.split is not None or source.subset is not None:
         key = "split" if source.split is not None else "subset"
         raise DataError(f"{source.path}: {key} chooses among the files of a folder or hub set; remove it.")
-    if any(character in source.path for character in "*?[") and not path.exists():
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    if any(character in source.path for character in "*?[") and not os.path.exists(path):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
         if not found:
-            raise DataError(f"{source.path}: no file matches; check the pattern.")
+            raise DataError(f"{printable(source.path)}: no file matches; check the pattern.")
         return [FileInput(file, source.format) for file in found]
-    if not path.is_file():
-        raise DataError(f"{source.path}: no such file or folder{_nearest(path)}")
+    if not os.path.isfile(path):
+        raise DataError(f"{printable(source.path)}: no such file or folder{_nearest(path)}")
     return [FileInput(path, source.format)]
 
 
@@ -88,7 +90,7 @@ def names_function(path: str) -> bool:
 
 
 def _looks_like_hub(text: str, path: Path) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not path.exists() and kind_of(path) is None
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not os.path.exists(path) and kind_of(path) is None
 
 
 def kind_of(path: Path) -> str | None:
@@ -101,11 +103,12 @@ def kind_of(path: Path) -> str | None:
 
 def _nearest(path: Path) -> str:
     folder = path.parent
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
+    there = os.path.isdir(folder)
+    names = [item.name for item in folder.iterdir()] if there else []
+    near = difflib.get_close_matches(path.name[:255], names, n=1)
     if near:
         return f"; did you mean {str(folder / near[0])!r}?"
-    return "; a hub set is written owner/name." if folder.is_dir() else f"; there is no folder {str(folder)!r}."
+    return "; a hub set is written owner/name." if there else f"; there is no folder {printable(str(folder))!r}."
 
 
 def _folder(path: Path, source: SourceSection) -> list[Path]:
@@ -223,7 +226,7 @@ def _first_line_is_json(head: bytes) -> bool:
         return True
     try:
         json.loads(line.removeprefix(codecs.BOM_UTF8))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -233,9 +236,16 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte {error.start + 1} (0x{error.object[error.start]:02x}) is not UTF-8; save the file as UTF-8"
 
 
-def _json_lines(stream: Iterable[bytes]) -> Iterator[Entry]:
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: stream.readline(_LONGEST), b"")
+
+
+def _json_lines(stream: IO[bytes]) -> Iterator[Entry]:
     loads = json.loads
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(_lines(stream), 1):
+        if len(line) == _LONGEST:  # an archive may unpack to any size
+            yield number, None, _TOO_LONG
+            return
         try:
             text = line.decode()
             if number == 1:
@@ -356,13 +366,15 @@ def _next_value(buffer: _Buffer, name: str) -> Any:
 _DECODER = json.JSONDecoder()
 
 
-def _csv(stream: Iterable[bytes], file: FileInput) -> Iterator[Entry]:
+def _csv(stream: IO[bytes], file: FileInput) -> Iterator[Entry]:
     """Rows as objects of text. A row's number is the line that it begins on."""
     csv.field_size_limit(_LONGEST)
     broken: list[str] = []
 
     def lines() -> Iterator[str]:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_lines(stream), 1):
+            if len(line) == _LONGEST:
+                raise DataError(f"{file.name} line {number}: {_TOO_LONG}.")
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
@@ -376,7 +388,7 @@ def _csv(stream: Iterable[bytes], file: FileInput) -> Iterator[Entry]:
     reader = csv.reader(_chain(first, source), delimiter=delimiter, strict=True)
     begins = 1
     try:
-        header = next(reader)
+        header = next(reader, [])
         _check_header(header, file.name)
         begins = reader.line_num + 1
         for row in reader:
@@ -423,7 +435,7 @@ def _parquet(file: FileInput, consumed: Consumed | None) -> Iterator[Entry]:
                 number += 1
                 yield number, row, problem
     except (pa.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0].rstrip(".")[:120] if str(error) else type(error).__name__
+        first = printable(str(error).splitlines()[0].rstrip("."), 120) if str(error) else type(error).__name__
         at = f" row {number + 1}" if number else ""
         raise DataError(
             f"{file.name}{at}: not a readable Parquet file, or one that is cut short ({first}); copy it again."
@@ -431,15 +443,20 @@ def _parquet(file: FileInput, consumed: Consumed | None) -> Iterator[Entry]:
 
 
 def _rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    """The rows of a batch, or what is wrong with them: Parquet doesn't check that its text is UTF-8."""
+    """The rows of a batch, or what is wrong with them.
+
+    Parquet doesn't check that its text is UTF-8, and has dates and time zones that Python lacks.
+    """
     try:
         yield from [(row, "") for row in batch.to_pylist()]
-    except UnicodeDecodeError:
+    except (ValueError, LookupError, OverflowError):
         for index in range(batch.num_rows):
             try:
                 yield batch.slice(index, 1).to_pylist()[0], ""
             except UnicodeDecodeError as error:
                 yield None, not_utf8(error)
+            except (ValueError, LookupError, OverflowError) as error:
+                yield None, f"holds a value that can't be read ({type(error).__name__}: {printable(str(error))})"
 
 
 # ---- hub --------------------------------------------------------------------------------------------------

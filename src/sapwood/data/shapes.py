@@ -17,6 +17,7 @@ from typing import Any
 from sapwood.data import LearnsFrom, Record
 from sapwood.data.section import PARTS, Shape, SourceSection
 from sapwood.data.words import described
+from sapwood.errors import printable
 from sapwood.types import Message
 
 Messages = tuple[Message, ...]
@@ -59,6 +60,7 @@ _NEEDS: dict[Shape, tuple[str, ...]] = {
     "label": ("output", "label"),
 }
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_SHOWN = 20  # fields that a message lists
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -182,7 +184,8 @@ def _are_records(value: Any) -> bool:
 
 def _fields(present: Sequence[str], wanted: str | None = None) -> str:
     near = difflib.get_close_matches(wanted, present, n=1) if wanted else []
-    known = f"its fields are {', '.join(present)}" if present else "it has no field with a value"
+    shown = [printable(name, 60) for name in present[:_SHOWN]] + ["..."] * (len(present) > _SHOWN)
+    known = f"its fields are {', '.join(shown)}" if present else "it has no field with a value"
     return f"did you mean {near[0]!r}? ({known})" if near else known
 
 
@@ -215,7 +218,7 @@ def text(value: Any, where: str) -> str:
             raise BadRecord(f"{where} is empty; fill it in or remove the record")
         return value
     if type(value) in (int, float):
-        if not math.isfinite(value):
+        if value - value != 0:  # NaN or infinite; a whole number may be too large for a float
             raise BadRecord(f"{where} is {value}, a missing value; fill it in or remove the record")
         return str(value)
     raise BadRecord(f"{where} must be text, not {described(value)}")
@@ -230,9 +233,13 @@ def number(value: Any, where: str) -> float:
             raise BadRecord(f"{where} is {value[:40]!r}, not a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRecord(f"{where} must be a number, not {described(value)}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value):
         raise BadRecord(f"{where} is {value}; rewards and margins must be finite numbers")
-    return float(value)
+    return value
 
 
 def messages(value: Any, where: str) -> Messages:
@@ -255,7 +262,8 @@ def _message(item: Any, where: str, index: int) -> Message:
     known = ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise BadRecord(
-            f"{where}, message {index}: role {role!r} is unknown; known are system, user, assistant, human and gpt"
+            f"{where}, message {index}: role {printable(repr(role), 60)} is unknown; known are system, user, "
+            "assistant, human and gpt"
         )
     content = item.get("content")
     if content is None:
@@ -281,7 +289,7 @@ def _joined(parts: list[Any], where: str, index: int) -> str:
         elif isinstance(part, str):
             texts.append(part)
         else:
-            what = f"a part of type {kind!r}" if kind else f"{described(part)} as a part"
+            what = f"a part of type {printable(repr(kind), 60)}" if kind else f"{described(part)} as a part"
             raise BadRecord(f"{where}, message {index}: holds {what}, and Sapwood trains on text; leave the record out")
     return "".join(texts)
 

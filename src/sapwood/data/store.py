@@ -34,7 +34,9 @@ from sapwood.errors import DataError, StorageError
 from sapwood.paths import cache_dir
 from sapwood.types import Message
 
-_LAYOUT = 1  # part of every key: raise it when what is stored changes
+_LAYOUT = 2  # part of every key: raise it when what is stored changes
+_FILES = ("records.arrow", "bad.jsonl")
+_DEEPEST = 50  # levels of lists and objects within an answer or a metadata field
 _BATCH_ROWS, _BATCH_BYTES = 4096, 4 << 20
 _STALE = 24 * 3600.0  # seconds after which a half-made folder is that of a process that died
 _SCHEMA = pa.schema(
@@ -66,22 +68,44 @@ class SourceReport:
     bad_file: Path = field(repr=False)
 
     def bad_records(self) -> Iterator[str]:
-        """One sentence for every bad record: file, line and what is wrong."""
-        with self.bad_file.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+        """One sentence for every bad record: file, line and what is wrong. Raises DataError for a damaged cache."""
+        try:
+            with self.bad_file.open(encoding="utf-8") as file:
+                for line in file:
+                    yield str(json.loads(line))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(_damaged(self.bad_file.parent, self.path)) from error
 
 
 class Store:
-    """The records of one source, memory-mapped."""
+    """The records of one source, memory-mapped. Raises DataError where the folder isn't as it was written."""
 
     def __init__(self, folder: Path, inputs: Sequence[Input], path: str) -> None:
-        facts = json.loads((folder / "facts.json").read_text())
-        self._inputs = inputs
-        self.report = SourceReport(path=path, bad_file=folder / "bad.jsonl", **facts)
-        self._file = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
+        self._inputs, self._folder = inputs, folder
+        try:
+            facts = json.loads((folder / "facts.json").read_text())
+            sizes = facts.pop("sizes")
+            if sizes != {name: (folder / name).stat().st_size for name in _FILES}:
+                raise ValueError("files have other sizes")
+            self.report = SourceReport(path=path, bad_file=folder / "bad.jsonl", **facts)
+            self._file = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
+            batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+            for batch in batches:
+                batch.validate(full=True)  # a wrong offset would lead out of the map
+            if self._file.schema != _SCHEMA or sum(batch.num_rows for batch in batches) != self.report.kept:
+                raise ValueError("it holds other records")
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            pa.ArrowException,
+        ) as error:
+            raise DataError(_damaged(folder, path)) from error
         # Zero-copy views of the map, a column at a time: a few kilobytes a batch.
-        self._batches = [self._file.get_batch(i).columns for i in range(self._file.num_record_batches)]
+        self._batches = [batch.columns for batch in batches]
         self._starts = np.cumsum([0, *(len(columns[0]) for columns in self._batches)]).tolist()
 
     def __len__(self) -> int:
@@ -89,16 +113,19 @@ class Store:
 
     def __getitem__(self, index: int) -> Record:
         columns, row = self._at(index)
-        prompt, replies, rewards, answer = json.loads(columns[0][row].as_py())
         metadata = columns[1][row].as_py()
-        return Record(
-            prompt=_messages(prompt),
-            replies=tuple([_messages(reply) for reply in replies]),
-            rewards=tuple(rewards),
-            answer=answer,
-            metadata=json.loads(metadata) if metadata else {},
-            source=self._inputs[columns[4][row].as_py()].where(columns[5][row].as_py()),
-        )
+        try:
+            prompt, replies, rewards, answer = json.loads(columns[0][row].as_py())
+            return Record(
+                prompt=_messages(prompt),
+                replies=tuple([_messages(reply) for reply in replies]),
+                rewards=tuple(rewards),
+                answer=answer,
+                metadata=json.loads(metadata) if metadata else {},
+                source=self._inputs[columns[4][row].as_py()].where(columns[5][row].as_py()),
+            )
+        except (ValueError, TypeError, LookupError) as error:
+            raise DataError(_damaged(self._folder, self.report.path)) from error
 
     def where(self, index: int) -> str:
         """File and line (or row) of a record."""
@@ -145,15 +172,30 @@ def open_store(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "data" / name
-    if not (folder / "facts.json").is_file():
+
+    def make() -> Store:
         _make(folder, _Writing(inputs, Normaliser(source, learns_from), limit, skip_bad, progress))
-    store = Store(folder, inputs, source.path)
+        return Store(folder, inputs, source.path)
+
+    if not (folder / "facts.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        store = make()
+    else:
+        try:
+            store = Store(folder, inputs, source.path)
+        except DataError:  # what can be made again is
+            shutil.rmtree(folder, ignore_errors=True)
+            store = make()
     first = next(store.report.bad_records(), None)
     if first is not None and not skip_bad:
         raise _strict(first)
     if len(store) == 0 and not empty:
         raise DataError(_nothing(store.report, first))
     return store
+
+
+def _damaged(folder: Path, path: str) -> str:
+    return f"{folder}: the cache of {path} is damaged; remove this folder, and it is made again."
 
 
 def _strict(problem: str) -> DataError:
@@ -248,6 +290,7 @@ class _Writing:
             "left_out": dict(self.left_out),
             "duplicates": self.kept - _distinct(folder / "records.arrow"),
             "shapes": dict(self.normalise.shapes),
+            "sizes": {name: (folder / name).stat().st_size for name in _FILES},
         }
         (folder / "facts.json").write_text(json.dumps(facts))
         for file in folder.iterdir():
@@ -284,6 +327,8 @@ class _Writing:
         return lambda done: progress(title, min(100 * done // max(item.size, 1), 99), 100)
 
     def _add(self, record: Record, file: int, number: int) -> None:
+        if any(_deep(value) for value in (record.answer, *record.metadata.values())):
+            raise BadRecord(f"holds values nested more than {_DEEPEST} deep")
         prompt = [[m.role, m.content] for m in record.prompt]
         replies = [[[m.role, m.content] for m in reply] for reply in record.replies]
         try:
@@ -306,6 +351,20 @@ class _Writing:
             for column in self.columns:
                 column.clear()
             self.size = 0
+
+
+def _deep(value: Any) -> bool:
+    """Whether lists and objects go deeper than can be read back wherever it is needed."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [item for part in level if type(part) in (list, dict) for item in _inside(part)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(part: Any) -> Any:
+    return part.values() if type(part) is dict else part
 
 
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=lambda value: _plain(value)).encode

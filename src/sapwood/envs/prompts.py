@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sapwood.envs import Env, EnvFamily, Observation, Split, Step
-from sapwood.errors import ConfigError, DataError
+from sapwood.errors import ConfigError, DataError, printable
 from sapwood.types import Message, Task
 
 _ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+_DEEPEST = 50  # levels of lists and objects in a line
 
 
 class Prompts(EnvFamily):
@@ -146,19 +149,27 @@ class _Ask(Env):
 
 def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     if isinstance(prompt, str) and prompt:
-        return (Message("user", prompt),)
+        return (Message("user", _whole(prompt, where)),)
     if not isinstance(prompt, list) or not prompt:
-        raise DataError(f"{where}: a prompt must be a non-empty string or a list of messages, not {prompt!r}.")
+        given = printable(repr(prompt), 80)
+        raise DataError(f"{where}: a prompt must be a non-empty string or a list of messages, not {given}.")
     messages = []
     for i, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise DataError(f"{where}, message {i}: must be an object with role and content.")
         if message.get("role") not in _ROLES:
-            raise DataError(f"{where}, message {i}: role is {message.get('role')!r}, not one of {', '.join(_ROLES)}.")
-        messages.append(Message(message["role"], message["content"]))
+            role = printable(repr(message.get("role")), 80)
+            raise DataError(f"{where}, message {i}: role is {role}, not one of {', '.join(_ROLES)}.")
+        messages.append(Message(message["role"], _whole(message["content"], f"{where}, message {i}")))
     if messages[-1].role == "assistant":
         raise DataError(f"{where}: the last message is the assistant's; the model's reply comes after the prompt.")
     return tuple(messages)
+
+
+def _whole(text: str, where: str) -> str:
+    if _SURROGATE.search(text):
+        raise DataError(f"{where}: holds half of a surrogate pair (a \\ud8.. escape without its other half); mend it.")
+    return text
 
 
 def _read(path: Path) -> tuple[tuple[dict[str, Any], str], ...]:
@@ -166,8 +177,26 @@ def _read(path: Path) -> tuple[tuple[dict[str, Any], str], ...]:
     try:
         stat = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check env.path.") from error
+        raise DataError(f"{printable(str(path))}: {error.strerror or error}; check env.path.") from error
+    except ValueError as error:  # a NUL in the name
+        raise DataError(f"{printable(str(path))}: no name of a file ({error}); check env.path.") from error
+    if not path.is_file():
+        raise DataError(f"{path}: not a file; check env.path.")
     return _read_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _deep(value: Any) -> bool:
+    """Whether lists and objects go deeper than can be written and read back wherever it is needed."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [item for part in level if isinstance(part, list | dict) for item in _inside(part)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(part: list[Any] | dict[str, Any]) -> Any:
+    return part.values() if isinstance(part, dict) else part
 
 
 @lru_cache(8)
@@ -190,6 +219,10 @@ def _read_version(path: Path, modified: int, size: int) -> tuple[tuple[dict[str,
             item = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            raise DataError(f"{where}: not usable JSON ({error}).") from error
+        if _deep(item):
+            raise DataError(f"{where}: values are nested more than {_DEEPEST} deep.")
         if not isinstance(item, dict):
             raise DataError(f"{where}: must be a JSON object with named fields.")
         items.append((item, where))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from sapwood.errors import DataError, MissingExtra
+from sapwood.errors import DataError, MissingExtra, printable
 from sapwood.rewards import Reward
 from sapwood.types import Group, Turn
 
@@ -96,8 +96,10 @@ def _refuse(name: str) -> None:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: can't be read as a JSON schema: {error}; check the reward's path.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{printable(str(path))}: can't be read as a JSON schema: {printable(str(error))}; check the reward's path."
+        ) from error
 
 
 @lru_cache(32)

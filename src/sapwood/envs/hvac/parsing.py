@@ -81,7 +81,16 @@ def _decode(text: str) -> object:
 def _numbers(value: object) -> list[float] | None:
     """A number or a list of numbers as floats; a value that isn't one counts as NaN, so that it is refused."""
     values: Sequence[object] = value if isinstance(value, list) else [value]
-    return [float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else math.nan for v in values]
+    return [_number(v) for v in values]
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
 def _from_object(reply: str, count: int, last: bool) -> list[float] | None:

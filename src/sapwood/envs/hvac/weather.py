@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sapwood.errors import ConfigError, DataError
+from sapwood.errors import ConfigError, DataError, printable
 
 DATA = Path(__file__).parent / "data"
 HOURS = 8760
@@ -138,14 +138,17 @@ def read_epw(path: str | Path) -> Weather:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"epw {path}: can't be read, it is no file; check the path.")
         lines = path.read_text(encoding="latin-1").splitlines()
-    except OSError as error:
-        raise DataError(f"epw {path}: can't be read ({error.strerror}); check the path.") from error
+    except (OSError, ValueError) as error:  # the latter where the name holds a NUL
+        said = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"epw {printable(str(path))}: can't be read ({said}); check the path.") from error
     if not lines or not lines[0].upper().startswith("LOCATION,"):
         raise DataError(f"{path}, line 1: an EPW file starts with 'LOCATION,'; this is not one.")
     outdoor: list[float] = []
     ghi: list[float] = []
-    for number, fields in enumerate(csv.reader(lines[HEADER_LINES:]), start=HEADER_LINES + 1):
+    for number, fields in enumerate(_rows(path, lines[HEADER_LINES:]), start=HEADER_LINES + 1):
         if not fields:
             continue
         if len(fields) < 14:
@@ -164,15 +167,25 @@ def read_epw(path: str | Path) -> Weather:
     return Weather(name, temperatures, np.array(ghi), lagged_ground_temperature(temperatures))
 
 
+def _rows(path: Path, lines: Sequence[str]) -> Iterator[list[str]]:
+    reader = csv.reader(lines)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}, line {HEADER_LINES + reader.line_num}: can't be read as CSV ({error}).") from error
+
+
 def _number(path: Path, line: int, fields: Sequence[str], index: int, what: str, low: float, high: float) -> float:
     text = fields[index].strip()
     try:
         value = float(text)
     except ValueError as error:
-        raise DataError(f"{path}, line {line}, field {index + 1}: {what} is {text!r}, not a number.") from error
+        raise DataError(
+            f"{path}, line {line}, field {index + 1}: {what} is {printable(repr(text), 60)}, not a number."
+        ) from error
     if not low <= value <= high:  # also refuses NaN and EPW's missing values 99.9 and 9999
         raise DataError(
-            f"{path}, line {line}, field {index + 1}: {what} is {text}, outside {low:g} to {high:g} "
+            f"{path}, line {line}, field {index + 1}: {what} is {printable(text, 60)}, outside {low:g} to {high:g} "
             "(missing or damaged)."
         )
     return value
