@@ -143,7 +143,7 @@ def _imported(kind: str, reference: str, load: Callable[[], Any]) -> Any:
 def _import_file(kind: str, reference: str, path: Path) -> Any:
     if not path.is_file():
         beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
-        near = difflib.get_close_matches(path.name, [file.name for file in beside], n=1)
+        near = difflib.get_close_matches(path.name, [file.name for file in beside if file.is_file()], n=1)
         hint = f"did you mean {str(path.parent / near[0])!r}?" if near else f"paths begin at {Path.cwd()}."
         raise UnknownPlugin(f"{kind} {reference!r}: there is no file {str(path)!r}; {hint}")
     path = path.resolve()
