@@ -240,7 +240,7 @@ def test_wilsons_interval():
 def test_win_rate_says_what_is_missing(win_rate, tmp_path):
     with pytest.raises(DataError, match=r"theirs.jsonl: none of its replies is to one of the held-out tasks"):
         win_rate({"prompt": "other", "reply": "x"}).compute([group("a", {"text": "1"})])
-    with pytest.raises(DataError, match=r"theirs.jsonl line 2: not a reply .*KeyError: 'reply'"):
+    with pytest.raises(DataError, match=r"theirs.jsonl line 2: not a reply .*no field 'reply'"):
         win_rate({"prompt": "p", "reply": "x"}, {"prompt": "p"})
     with pytest.raises(DataError, match=r"no.jsonl: can't be read"):
         WinRate(against=tmp_path / "no.jsonl", reward_model="rm").bind(None)

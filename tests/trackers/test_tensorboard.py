@@ -51,7 +51,11 @@ def test_texts_of_a_model_are_shown_as_they_are(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; ![x](http://host/x.png)" in html
 
 
-def test_what_was_written_after_the_checkpoint_is_purged(tmp_path):
+def test_what_was_written_after_the_checkpoint_is_purged(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.event_file_writer import AtomicCounter
+
+    # Files of one second are read in the order of their names, where a process's tenth file comes before its second.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     session(tmp_path, (1, 2, 3, 4))
     found = session(tmp_path, (3, 4, 5), resumed_from=2, factor=10.0)
     told = [(event.step, event.value) for event in found.Scalars("reward")]
