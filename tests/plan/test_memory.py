@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sapwood import checkpoint
 from sapwood.config import Recipe, parse_recipe
 from sapwood.engines._runtime import LeanRuntime
 from sapwood.engines.local import LocalEngine
@@ -17,7 +18,9 @@ from sapwood.parts import build
 from sapwood.plan.making import Survey
 from sapwood.plan.memory import FRAGMENTS_OF_CHURN, FRAGMENTS_OF_LIVE, PHASES, Memory, Parameters, Part
 from sapwood.plan.meter import held
+from sapwood.plan.workload import nodes
 from sapwood.progress import Progress
+from sapwood.sections import LoraSection, ModelSection
 from tests.chats import tokenizer
 from tests.learning import save_tiny_model
 
@@ -141,8 +144,8 @@ def test_a_longer_micro_batch_stretches_what_depends_on_it(model_dir, tmp_path):
 
 
 def test_a_snapshot_is_held_while_training_goes_on_only_in_the_background(model_dir, tmp_path):
-    for checkpoint, held_on in (({"every": 1}, True), ({"every": 1, "background": False}, False), ({}, False)):
-        memory = Survey.of(recipe(model_dir, tmp_path, checkpoint=checkpoint)).memory
+    for section, held_on in (({"every": 1}, True), ({"every": 1, "background": False}, False), ({}, False)):
+        memory = Survey.of(recipe(model_dir, tmp_path, checkpoint=section)).memory
         assert (at(memory, "checkpoint snapshot") > 0) is held_on
         assert at(memory, "checkpoint snapshot", "saving") > 0
 
@@ -179,3 +182,21 @@ def test_phases_add_up_and_the_largest_is_the_peak():
     assert (memory.where, memory.peak) == ("saving", 8)
     assert memory.total("learning") == 5
     assert (memory.parts[0].most, memory.parts[0].at("loading")) == (5, 0)
+
+
+def test_a_reward_model_on_the_policys_base_costs_its_adapter_and_one_of_its_own_all_of_it(model_dir, tmp_path):
+    lora = LoraSection(rank=4)
+    judge = load_policy(ModelSection(name=str(model_dir), lora=lora), head="scalar")
+    checkpoint.save(judge, tmp_path / "judge", 1, 1)
+    reward = {"name": "reward_model", "path": str(tmp_path / "judge")}
+    plain = Survey.of(recipe(model_dir, tmp_path)).sizes.weights
+    shared = Survey.of(recipe(model_dir, tmp_path, rewards=[reward])).sizes.weights
+    own = Survey.of(recipe(model_dir, tmp_path, rewards=[{**reward, "dtype": "float32"}])).sizes.weights
+    assert shared["weights"] == plain["weights"] == own["weights"]
+    assert shared["adapters and heads"] == 2 * plain["adapters and heads"]
+    assert own["adapters and heads"] == plain["adapters and heads"]
+    # PEFT keeps the head that it was given beside the one that it trains.
+    assert own["reward model"] == plain["weights"] + plain["adapters and heads"] + 2 * 4 * HIDDEN
+    judged = Survey.of(recipe(model_dir, tmp_path, rewards=[reward]))
+    assert "sampling" not in Survey.of(recipe(model_dir, tmp_path)).found
+    assert judged.found["sampling"].nodes == nodes(judged.work.largest)

@@ -9,6 +9,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,7 @@ def test_the_command_says_where_it_answers_and_ends_at_ctrl_c(run: Path) -> None
         line = viewer.stdout.readline()
         assert line.startswith("http://127.0.0.1:")
         assert "this machine only" in line
+        time.sleep(1.0)  # the line comes just before it serves
         viewer.send_signal(2)
         assert viewer.wait(10) == 0
         assert viewer.stderr is not None

@@ -97,13 +97,16 @@ def _address_space(own: int) -> Room | None:
 
 @dataclass(frozen=True)
 class Speed:
-    """flops: of matrix products with as many rows as a micro-batch; skinny: seconds a parameter of a decode step's
-    products; moved: bytes a second that elementwise operations read and write; attention: flops of the tree's
-    attention; call: seconds that any operation takes at least.
+    """What a second, or an operation, comes to.
+
+    flops: of matrix products with as many rows as a micro-batch; skinny, packed: seconds a parameter of a decode step's
+    products, with plain weights and with packed ones; moved: bytes that elementwise operations read and write;
+    attention: flops of the tree's attention; call: seconds that any operation takes at least.
     """
 
     flops: float
     skinny: float
+    packed: float
     moved: float
     attention: float
     call: float = 8e-6
@@ -124,13 +127,25 @@ def measure(
     few = torch.ones(batch, hidden, dtype=dtype)
     # Each time another weight, so that it comes from memory as it does in a model.
     skinny = _seconds(lambda i: torch.nn.functional.linear(few, weights[i % len(weights)]), 0.3)
+    packed = skinny
+    if packs(dtype):
+        laid_out = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        packed = _seconds(lambda i: pointwise(few, laid_out[i % len(laid_out)], None, "none", [], ""), 0.3)
     moved = _seconds(lambda i: wide * 1.5, 0.2)
     return Speed(
         flops=2.0 * rows * hidden * inner / dense,
         skinny=skinny / (hidden * inner),
+        packed=packed / (hidden * inner),
         moved=2.0 * wide.numel() * wide.element_size() / moved,
         attention=_attention_rate(heads, tree, dtype),
     )
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether the local engine packs its widest weights on this CPU."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return known and dtype is torch.float32
 
 
 def _attention_rate(heads: tuple[int, int, int], tree: TokenTree, dtype: torch.dtype) -> float:

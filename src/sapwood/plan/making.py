@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,7 +39,9 @@ class Survey:
     @staticmethod
     def of(recipe: Recipe, progress: Progress | None = None) -> Survey:
         """Build them. Raises SapwoodError as `sapwood train` would."""
-        with outlines():
+        with outlines(), warnings.catch_warnings():
+            # The weights of adapters' files go nowhere here, as they should.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             parts = build(recipe, recipe.run.dir, progress or Progress(stream=io.StringIO()))
             return Survey.made(recipe, parts, resident())
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sapwood.config import Recipe
@@ -19,8 +18,9 @@ from sapwood.engines._runtime import LeanRuntime
 from sapwood.engines.local import LocalEngine, LocalOptions
 from sapwood.models.forward import causal_lm
 from sapwood.models.load import resolve
+from sapwood.models.scorer import Scorer
 from sapwood.parts import Parts
-from sapwood.plan.machine import MIB
+from sapwood.plan.machine import MIB, packs
 from sapwood.plan.meter import held
 from sapwood.plan.passes import ACTIVATIONS, GRADIENTS, LOGITS, Pass, Passes
 from sapwood.plan.workload import Played, Workload, nodes
@@ -217,6 +217,9 @@ def passes_of(parts: Parts, work: Workload, passes: Passes) -> dict[str, Pass]:
     batches = [micro for step in work.steps for micro in step.scoring]
     if batches and scored:
         found["scoring"] = passes.score(max(batches, key=nodes), needs)
+    for scorer in _scorers(parts) if batches else ():
+        read = passes.read(scorer.policy, scorer.head, max(batches, key=nodes))
+        found["sampling"] = max(read, found.get("sampling", read), key=lambda one: one.peak.total)
     if work.measured:
         most = max(work.measured, key=nodes)
         measured = passes.measure(most, needs)
@@ -276,12 +279,17 @@ def _own_models(parts: Parts) -> dict[str, nn.Module]:
         found["reference"] = models.reference.model
     if models.critic is not None and models.critic.policy.model is not parts.policy.model:
         found["critic"] = models.critic.policy.model
-    rewards = parts.tasks.rewards if parts.tasks is not None else getattr(parts.source, "rewards", ())
-    scorers = [reward._scorer for reward in rewards if isinstance(reward, RewardModel)]
-    own = [scorer for scorer in scorers if scorer is not None and scorer.policy.model is not parts.policy.model]
+    own = [scorer for scorer in _scorers(parts) if scorer.policy.model is not parts.policy.model]
     for number, scorer in enumerate(own, 1):
         found["reward" if number == 1 else f"reward {number}"] = scorer.policy.model
     return found
+
+
+def _scorers(parts: Parts) -> list[Scorer]:
+    """Reward models."""
+    rewards = parts.tasks.rewards if parts.tasks is not None else getattr(parts.source, "rewards", ())
+    found = [reward._scorer for reward in rewards if isinstance(reward, RewardModel)]
+    return [scorer for scorer in found if scorer is not None]
 
 
 def _moments(recipe: Recipe, trained: Sequence[Tensor]) -> int:
@@ -320,7 +328,7 @@ def _sampler(recipe: Recipe, parts: Parts, work: Workload, device: str) -> Sampl
         made = [value for layer in runtime._layers for value in vars(layer).values() if isinstance(value, Tensor)]
         shared = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         copies = held(tensor for tensor in made if tensor.untyped_storage()._cdata not in shared)
-        if runtime._dtype is torch.float32 and device == "cpu" and _packs():
+        if device == "cpu" and packs(runtime._dtype):
             packed = sum(layer.gate_up.numel() for layer in runtime._layers) * 4
             head = runtime._head.numel() * 4
     shape = runtime.kv_shape
@@ -345,7 +353,3 @@ def _kept(played: Sequence[Played], options: LocalOptions) -> int:
     follows; rows have one buffer, made for the most of them."""
     shared = sum(one.shared(options.max_batch, options.kv_budget_tokens) for one in played)
     return min(shared, options.kv_budget_tokens) + max(one.tails(options.max_batch) for one in played)
-
-
-def _packs() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

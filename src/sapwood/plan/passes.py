@@ -272,6 +272,8 @@ class Passes:
     @torch.no_grad()
     def read(self, policy: Policy, head: torch.nn.Module, rows: Sequence[Row]) -> Pass:
         """A reward model's pass."""
+        policy.model.to("meta")
+        head.to("meta")
         meter = Meter(ACTIVATIONS)
         with meter:
             _Forward(rows, self, meter).scalars(policy, head)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sapwood.config import Recipe
+from sapwood.engines._runtime import LeanRuntime
 from sapwood.engines.local import LocalEngine
 from sapwood.models.forward import causal_lm
 from sapwood.models.load import Policy
@@ -24,8 +25,9 @@ SHORTEST = 0.4
 FASTER, SLOWER = 0.8, 1.3
 #: Seconds to import everything, and bytes a second that weights are opened with.
 _START, _OPENING = 8.0, 1e9
-#: Operations of a decoder layer in one decode step, and passes of AdamW over a parameter's 4 bytes.
-_DECODE_CALLS, _ADAMW_PASSES = 14, 14
+#: Operations of a decoder layer in one decode step; times that drawing reads or writes the logits, and that AdamW does
+#: a parameter.
+_DECODE_CALLS, _DRAWING_PASSES, _ADAMW_PASSES = 14, 6, 14
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,12 @@ def _playing(parts: Parts, played: Played, speed: Speed) -> float:
     embeddings = model.get_input_embeddings().weight.numel()
     trunk = sum(p.numel() for p in model.parameters() if p.numel() != embeddings)
     rows = min(parts.engine.options.max_batch, played.episodes)
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    packed = embeddings
+    if isinstance(runtime := parts.engine._runtime, LeanRuntime):
+        packed += sum(layer.gate_up.numel() for layer in runtime._layers)
     prefill = 2.0 * trunk * played.prompt_tokens / speed.flops
-    step = speed.skinny * (trunk + embeddings) + layers * _DECODE_CALLS * speed.call
+    products = speed.packed * packed + speed.skinny * (trunk + embeddings - packed)
+    drawing = rows * config.vocab_size * 4 * _DRAWING_PASSES / speed.moved
+    step = products + drawing + config.num_hidden_layers * _DECODE_CALLS * speed.call
     return prefill + played.reply_tokens / rows * step
