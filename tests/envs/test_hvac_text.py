@@ -202,17 +202,17 @@ def test_zero_tasks_and_bad_options_are_sentences(tmp_path):
 
 def test_examples_span_heating_and_cooling_and_come_from_training_days():
     family = Hvac(few_shot=5, start="random", time_res=900, max_power=2000, horizon=8)
-    shots = family.examples
+    shots = family.shots
     assert len(shots) == 5
     powers = [parse_reply(shot.reply, 1).powers[0] for shot in shots]
     assert min(powers) < -0.2
     assert max(powers) > 0.2
     assert {shot.start["day"] for shot in shots} <= set(family.days("train"))
-    assert Hvac(few_shot=5, start="random", time_res=900, max_power=2000, horizon=8).examples == shots
+    assert Hvac(few_shot=5, start="random", time_res=900, max_power=2000, horizon=8).shots == shots
 
 
 def test_an_example_is_what_the_simulator_pays():
-    for shot in SMALL.examples:
+    for shot in SMALL.shots:
         env = SMALL.make(Task("t", metadata=dict(shot.start)))
         assert env.start().messages[-1].content.endswith(shot.state)
         assert env.step(shot.reply).reward == pytest.approx(shot.reward)

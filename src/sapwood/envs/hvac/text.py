@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from sapwood.envs import Env, EnvFamily, Observation, Split, Step
@@ -165,13 +166,14 @@ class Hvac(EnvFamily):
         return _prompt_trunk(self)  # pyright: ignore[reportArgumentType]  (a frozen model is hashable)
 
     @property
-    def examples(self) -> tuple[Example, ...]:
+    def shots(self) -> tuple[Example, ...]:
         """The few-shot examples; their days are training days."""
         return _examples(self)  # pyright: ignore[reportArgumentType]  (a frozen model is hashable)
 
-    def reset_simulator(self, env: HvacEnv, task: Task) -> None:
-        """Put a simulator at the beginning of a task."""
-        env.reset(seed=task.seed, options={k: task.metadata[k] for k in ("day", "hour", "initial_temperature")})
+    def reset_simulator(self, env: HvacEnv, task: Task) -> NDArray[np.float32]:
+        """Put a simulator at the beginning of a task; returns its first observation [n + 4]."""
+        options = {k: task.metadata[k] for k in ("day", "hour", "initial_temperature")}
+        return env.reset(seed=task.seed, options=options)[0]
 
     def baselines(self) -> Mapping[str, Callable[[Task], float]]:
         """Physical return of an episode under random, zero, proportional and one_step_optimal control."""
@@ -202,7 +204,7 @@ def _examples(family: Hvac) -> tuple[Example, ...]:
 def _prompt_trunk(family: Hvac) -> tuple[Message, ...]:
     env = family.simulator()
     env.reset(options={"day": 0})
-    return trunk(job(env, reasoning=family.reasoning), family.examples, rewards=family.history > 0)
+    return trunk(job(env, reasoning=family.reasoning), family.shots, rewards=family.history > 0)
 
 
 class HvacText(Env):
@@ -228,7 +230,7 @@ class HvacText(Env):
         return Message("user", after(self._last_example_reward(), describe(self.env, shown)))
 
     def _last_example_reward(self) -> float | None:
-        shots = self.family.examples
+        shots = self.family.shots
         return shots[-1].reward if shots and self.family.history else None
 
     def step(self, reply: str) -> Step:

@@ -1,0 +1,1 @@
+"""HVAC control by self-distillation: stages that read and write files, each usable alone."""
