@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -92,12 +92,16 @@ class WorkerPool:
 
     def __init__(self, family: EnvFamily) -> None:
         self._family = family
-        self._idle: list[_Worker] = []
+        self._idle: list[Worker] = []
 
     def host(self, task: Task) -> ProcessHost:
         """A host for the task, in an idle worker or a fresh one."""
-        worker = self._idle.pop() if self._idle else _Worker(self._family)
+        worker = self._idle.pop() if self._idle else self._started()
         return ProcessHost(worker, task, self._idle.append, self._family.step_timeout)
+
+    def _started(self) -> Worker:
+        opening = {"family": reference(type(self._family)), "options": self._family.model_dump(mode="json")}
+        return Worker(("-m", "sapwood.envs._process"), opening)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -110,8 +114,8 @@ class WorkerPool:
 class ProcessHost(Host):
     """An environment in a worker process. Seconds count from `begin`; a worker that exceeds them is killed."""
 
-    def __init__(self, worker: _Worker, task: Task, release: Callable[[_Worker], None], timeout: float) -> None:
-        self._worker: _Worker | None = worker
+    def __init__(self, worker: Worker, task: Task, release: Callable[[Worker], None], timeout: float) -> None:
+        self._worker: Worker | None = worker
         self._task, self._release, self._timeout = task, release, timeout
         self._deadline = 0.0
         self._answer_due = False
@@ -167,13 +171,16 @@ class ProcessHost(Host):
         self._worker = None
 
 
-class _Worker:
-    """A process that runs environments of one family, one after the other."""
+class Worker:
+    """A process that answers JSON lines, and can be killed.
 
-    def __init__(self, family: EnvFamily) -> None:
+    program: arguments of the Python interpreter that name it; opening: the first request, answered once it is ready.
+    """
+
+    def __init__(self, program: Sequence[str], opening: Mapping[str, Any]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sapwood.envs._process"],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -185,10 +192,10 @@ class _Worker:
         threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
         self._ready = False
         self._started = time.monotonic()
-        self.send({"family": reference(type(family)), "options": family.model_dump(mode="json")})
+        self.send(opening)
 
     def wait_ready(self) -> None:
-        """Wait until the worker has imported its family. Raises EnvError with its reason if it can't."""
+        """Wait until the worker has answered its opening. Raises EnvError with its reason if it can't."""
         if self._ready:
             return
         answer = self.receive(self._started + READY_TIMEOUT, "the environment's process did not get ready")
@@ -197,6 +204,7 @@ class _Worker:
         self._ready = True
 
     def send(self, request: Mapping[str, Any]) -> None:
+        """Send a request. Raises EnvError for a worker that has died."""
         try:
             line = json.dumps(request, default=_plain)
         except TypeError as error:
@@ -209,6 +217,7 @@ class _Worker:
             raise EnvError(self._obituary()) from error
 
     def receive(self, deadline: float, complaint: str) -> dict[str, Any]:
+        """The next answer, until `deadline` (time.monotonic). Raises EnvError with `complaint` for a late one."""
         try:
             line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
