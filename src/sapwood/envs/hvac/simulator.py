@@ -276,6 +276,11 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         occupied = self._occupied[self.time % self.physics.steps_per_day]
         return self.physics.people * occupied
 
+    @property
+    def observation(self) -> NDArray[np.float32]:
+        """The observation [n + 4] of the state that the building is in; what `reset` or `step` gave last."""
+        return self._observe()
+
     def _observe(self) -> NDArray[np.float32]:
         """The observation at the current time; also sets the inputs that hold over the next step."""
         p, n, time, drive = self.physics, self.zones, self.time, self._drive
