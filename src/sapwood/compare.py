@@ -21,8 +21,8 @@ from sapwood import plugins
 from sapwood.algorithms import Algorithm, Needs
 from sapwood.config import Recipe, parse_recipe
 from sapwood.data.dataset import Dataset, open_data
-from sapwood.data.groups import Grouper
 from sapwood.data.prompts import DataPrompts
+from sapwood.data.recordings import grouper_for
 from sapwood.data.section import DataSection
 from sapwood.envs import EnvFamily
 from sapwood.errors import ConfigError, DataError, ModelError
@@ -253,7 +253,7 @@ def _held_out_records(world: _World, models: Models) -> HeldOutRecords:
     assert world.recipe.data is not None
     section, context = world.recipe.data, models.policy.max_context
     within = section.model_copy(update={"max_length": min(section.max_length or context, context)})
-    grouper = Grouper(build_chat(models.policy, world.recipe.model), within)
+    grouper = grouper_for(world.algorithm.learns_from, build_chat(models.policy, world.recipe.model), within)
     groups = held_out_groups(world.held_out, grouper, world.limit)
     counts = "".join(f", {count:,} {what}" for what, count in sorted(grouper.counts.items()))
     title = f"{world.recipe.algorithm['name']}: {len(groups)} held-out records{counts}"

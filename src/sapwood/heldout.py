@@ -135,7 +135,7 @@ class HeldOutRecords:
     ) -> dict[str, float]:
         rows = to_rows(self.groups, 1.0)
         extra = self.algorithm.augment(rows)
-        needs = self.algorithm.extra_needs if extra else self.algorithm.needs
+        needs = self._able(self.algorithm.extra_needs if extra else self.algorithm.needs)
         if self._reference and not extra:
             needs = replace(needs, reference_logprobs=False)
             for row, known in zip(rows, self._reference, strict=True):
@@ -151,7 +151,7 @@ class HeldOutRecords:
         with torch.no_grad():
             batches = pack(kept)
             for done, micro in enumerate(batches, 1):
-                forward = self.models.forward(micro, self.algorithm.needs)
+                forward = self.models.forward(micro, self._able(self.algorithm.needs))
                 output = self.algorithm.loss(forward, RowBatch.of(micro, self.models.policy.device), totals)
                 for name, value in output.metrics.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
@@ -160,6 +160,10 @@ class HeldOutRecords:
                 if progress is not None:
                     progress(done, len(batches))
         return {**metrics, **sums}
+
+    def _able(self, needs: Needs) -> Needs:
+        """Without a critic, as where only policies are compared, no values are asked for."""
+        return needs if self.models.critic is not None else replace(needs, values=False)
 
     def _measure_each(self, forward: Forward, micro: Sequence[Row]) -> None:
         """The metrics of every group of a micro-batch by itself."""

@@ -14,6 +14,7 @@ from sapwood.data import Record
 from sapwood.data.dataset import Dataset, open_data
 from sapwood.data.groups import Grouper
 from sapwood.data.prompts import DataPrompts
+from sapwood.data.recordings import RecordingGrouper, check_model, grouper_for
 from sapwood.data.section import DataSection
 from sapwood.engines import Engine
 from sapwood.envs import EnvFamily
@@ -22,6 +23,7 @@ from sapwood.heldout import HeldOutRecords, HeldOutTasks
 from sapwood.metrics import Metric
 from sapwood.models.adapters import AdapterFile
 from sapwood.models.critic import check_vocabulary
+from sapwood.models.identity import identity
 from sapwood.models.load import Policy, called, find_adapter, is_adapter, load_policy
 from sapwood.models.roles import Models, build_critic, reference_on
 from sapwood.opening import build_chat, build_engine
@@ -79,14 +81,16 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
         raise ConfigError(f"optim.warmup_steps ({recipe.optim.warmup_steps}) is more than the run's {steps} steps.")
     _check_lora(recipe)
     policy = load_policy(recipe.model, recipe.run.seed, head="scalar" if algorithm.needs.scores else "lm")
+    if data is not None and data.train.recordings:
+        check_model(data.train.recordings, identity(policy))
     models = _models(recipe, algorithm, policy)
     bind_all((*rewards, *metrics), models)
     chat = build_chat(policy, recipe.model)
     engine = build_engine(recipe, policy) if recipe.plays else None
     limits = _limits(recipe, algorithm, policy)
-    grouper = Grouper(chat, limits) if limits is not None else None
+    grouper = grouper_for(algorithm.learns_from, chat, limits) if limits is not None else None
     if isinstance(family, DataPrompts) and limits is not None:
-        assert grouper is not None
+        assert isinstance(grouper, Grouper)
         family.limit(_Fit(grouper, Grouper(chat, limits)), limits.max_prompt_length)
     tasks, records = None, None
     if family is not None and engine is not None and _evaluates_tasks(recipe, data):
@@ -95,7 +99,8 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
         raise ConfigError(f"eval.metrics measure held-out replies, but {NOTHING_HELD_OUT}")
     if data is not None and limits is not None and algorithm.learns_from != "rollouts":
         # A grouper of its own, so that what is cut of these records isn't counted with what is learnt from.
-        groups = held_out_groups(data.held_out, Grouper(chat, limits), recipe.eval.max_samples or EVAL_RECORDS)
+        own = grouper_for(algorithm.learns_from, chat, limits)
+        groups = held_out_groups(data.held_out, own, recipe.eval.max_samples or EVAL_RECORDS)
         title = f"{algorithm.learns_from} held out: {len(groups)} records"
         records = HeldOutRecords(algorithm, models, groups, title)
     parts = Parts(
@@ -255,7 +260,7 @@ def _source(
     chat: Chat,
     rewards: list[Reward],
     data: _Data | None,
-    grouper: Grouper | None,
+    grouper: Grouper | RecordingGrouper | None,
     policy: Policy,
 ) -> Source:
     per_step = recipe.optim.groups_per_step
@@ -265,6 +270,7 @@ def _source(
         return Records(data.train, grouper, per_step)
     assert family is not None
     assert engine is not None
+    assert not isinstance(grouper, RecordingGrouper)
     return Rollouts(
         family,
         engine,

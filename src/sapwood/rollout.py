@@ -112,16 +112,18 @@ def to_rows(groups: Sequence[Group], temperature: float) -> list[Row]:
     """Flatten trajectories to rows, one per unbroken conversation (a turn with `restart` begins another).
 
     Only sampled tokens are scored. Trajectories with an error and conversations without a sampled token are left out.
-    temperature: that of sampling, by which training-side logits are divided (1 for greedy sampling).
+    temperature: that of sampling, by which training-side logits are divided (1 for greedy sampling); a trajectory that
+    knows its own keeps it.
     """
     rows = []
     for g, group in enumerate(groups):
         for m, trajectory in enumerate(group.trajectories):
             if trajectory.error is not None:
                 continue
+            own = temperature if trajectory.temperature is None else trajectory.temperature
             for first, turns in _conversations(trajectory.turns):
                 if any(turn.token_ids.size for turn in turns):
-                    rows.append(_row(first, turns, g, m, trajectory.reward, temperature or 1.0))
+                    rows.append(_row(first, turns, g, m, trajectory.reward, own or 1.0))
     return rows
 
 

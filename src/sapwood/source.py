@@ -15,6 +15,7 @@ from sapwood.chat import Chat
 from sapwood.data.dataset import Dataset
 from sapwood.data.groups import Grouper
 from sapwood.data.prompts import DataPrompts
+from sapwood.data.recordings import RecordingGrouper
 from sapwood.engines import Engine, Sampling
 from sapwood.envs import EnvFamily
 from sapwood.errors import DataError
@@ -165,7 +166,7 @@ class Records(Source):
     """Recorded examples, epoch after epoch, each in an order of its own."""
 
     dataset: Dataset
-    grouper: Grouper
+    grouper: Grouper | RecordingGrouper
     per_step: int
     _order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, np.int64)), init=False)
     _dropped: int = field(default=0, init=False)
@@ -204,7 +205,7 @@ class Records(Source):
         return self.grouper.group(self.dataset[index], index)
 
 
-def held_out_groups(dataset: Dataset, grouper: Grouper, limit: int) -> list[Group]:
+def held_out_groups(dataset: Dataset, grouper: Grouper | RecordingGrouper, limit: int) -> list[Group]:
     """The first `limit` held-out records as groups. Raises DataError where none fits the length limits."""
     found = [grouper.group(dataset[i], i) for i in range(min(len(dataset), limit))]
     groups = [group for group in found if group is not None]

@@ -85,7 +85,8 @@ class Trajectory:
 
     terminated: the task ended; truncated: a budget (turns, tokens, context) ended it; error: the environment
     failed (the trajectory is data all the same, and is left out of training).
-    reward_parts: named parts before weighting; reward: their weighted total.
+    reward_parts: named parts before weighting; reward: their weighted total. temperature: what it was sampled at, where
+    that isn't the source's (a recording).
     """
 
     task: Task
@@ -95,6 +96,7 @@ class Trajectory:
     error: str | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
+    temperature: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     @property

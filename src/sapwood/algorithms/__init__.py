@@ -20,8 +20,9 @@ from sapwood.types import Group, Row
 
 __all__ = ["Algorithm", "Forward", "LearnsFrom", "LossOutput", "Needs", "RowBatch", "Totals"]
 
-#: What a group is: rollouts of a task, one demonstration, a (chosen, rejected) pair, or one labelled reply.
-LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels"]
+#: What a group is: rollouts of a task, one demonstration, a (chosen, rejected) pair, one labelled reply, or one decision
+#: that the policy itself made and was recorded.
+LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels", "recordings"]
 
 
 class Algorithm(BaseModel, ABC):

@@ -10,6 +10,7 @@ Whatever a file calls its fields, a `Record` is messages that open a conversatio
     dataset   `open_data`: split by content, mixed by weight, an order for every epoch
     groups    `Grouper`: a record -> tokens, as a rollout would have made them
     prompts   `DataPrompts`: the prompts of records as a world to roll out in
+    recordings  a model's own decisions with their tokens and log-probabilities: a file format, and records of it
     check     what `sapwood data check` reports; prepare: what `sapwood data prepare` writes
 """
 
@@ -21,8 +22,9 @@ from typing import Any, Literal
 
 from sapwood.types import Message
 
-#: What a group is made for: rollouts of a task, one demonstration, a (chosen, rejected) pair, or one labelled reply.
-LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels"]
+#: What a group is made for: rollouts of a task, one demonstration, a (chosen, rejected) pair, one labelled reply, or
+#: one recorded decision of a model.
+LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels", "recordings"]
 #: Called as progress(what, done, total); fits `sapwood.progress.Progress.work`.
 Progress = Callable[[str, int, int], None]
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sapwood.data import LearnsFrom, Progress, Record
+from sapwood.data.recordings import RecordingStore, check_section, open_recordings
 from sapwood.data.section import DataSection, SourceSection
 from sapwood.data.store import SourceReport, Store, open_store
 from sapwood.data.words import counted
@@ -96,7 +97,7 @@ class Dataset:
 
     def __init__(
         self,
-        stores: Sequence[Store],
+        stores: Sequence[Store | RecordingStore],
         rows: Sequence[Rows],
         seed: int,
         report: Report,
@@ -110,6 +111,11 @@ class Dataset:
         self._seed, self._weights, self._shuffle = seed, weights, shuffle
         self._system = Message("system", system) if system is not None else None
         self.report = report
+
+    @property
+    def recordings(self) -> list[RecordingStore]:
+        """Those of the stores that hold recorded decisions."""
+        return [store for store in self._stores if isinstance(store, RecordingStore)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -199,11 +205,17 @@ def open_data(
     Raises DataError for what can't be read, and for bad records unless the section says to skip them.
     """
 
-    def opened(sources: Sequence[SourceSection]) -> list[Store]:
+    def opened(sources: Sequence[SourceSection]) -> Sequence[Store | RecordingStore]:
+        limits = _limits(sources, section.max_samples)
+        if learns_from == "recordings":
+            return open_recordings(sources, limits)
         return [
             open_store(source, learns_from, limit, section.on_bad_record == "skip", progress)
-            for source, limit in zip(sources, _limits(sources, section.max_samples), strict=True)
+            for source, limit in zip(sources, limits, strict=True)
         ]
+
+    if learns_from == "recordings":
+        check_section(section)
 
     stores = opened(section.sources)
     held_stores = opened(section.eval_sources)
@@ -238,7 +250,7 @@ def _limits(sources: Sequence[SourceSection], total: int | None) -> list[int | N
     return [min(own or total, max(high - low, 1)) for own, (low, high) in zip(limits, pairwise(edges), strict=True)]
 
 
-def _split(stores: Sequence[Store], fraction: float, seed: int) -> tuple[list[Rows], list[Rows]]:
+def _split(stores: Sequence[Store | RecordingStore], fraction: float, seed: int) -> tuple[list[Rows], list[Rows]]:
     """(train, held out) positions of each store: a fraction of the distinct prompts, drawn by their content.
 
     At least one prompt is held out and one kept where there are two and the fraction isn't 0.

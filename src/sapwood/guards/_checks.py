@@ -22,9 +22,10 @@ SHORT = 3
 #: Standard errors above which a rise of the training reward is more than chance, beside a fall that is.
 ROSE = 1.5
 
-_ALL = frozenset({"rollouts", "demonstrations", "pairs", "labels"})
+_ALL = frozenset({"rollouts", "demonstrations", "pairs", "labels", "recordings"})
 _ROLLOUTS = frozenset({"rollouts"})
 _DATA = _ALL - _ROLLOUTS
+_RECORDINGS = frozenset({"recordings"})
 #: Metrics that mean nothing else than a fault where they aren't finite.
 _ALWAYS_FINITE = ("loss", "policy_loss", "value_loss", "entropy", "kl", "approx_kl", "ratio", "gap_k3")
 
@@ -398,9 +399,10 @@ CHECKS: dict[WarningName, tuple[frozenset[str], Check]] = {
     "env_failures": (_ROLLOUTS, env_failures),
     "parse_failures": (_ROLLOUTS, parse_failures),
     "length_limit": (_ROLLOUTS, length_limit),
-    "value_divergence": (_ROLLOUTS, value_divergence),
+    "value_divergence": (_ROLLOUTS | _RECORDINGS, value_divergence),
     "gradient_spike": (_ALL, gradient_spike),
-    "loss_divergence": (_DATA, loss_divergence),
+    # A clipped policy loss is about 0 on average, so its size says nothing.
+    "loss_divergence": (_DATA - _RECORDINGS, loss_divergence),
     "overfitting": (_DATA, overfitting),
     "chosen_falls": (frozenset({"pairs", "labels"}), chosen_falls),
     "too_easy": (frozenset({"pairs"}), too_easy),

@@ -208,12 +208,12 @@ def _prompt_trunk(family: Hvac) -> tuple[Message, ...]:
 
 
 class HvacText(Env):
-    """One episode of `Hvac`."""
+    """One episode of `Hvac`. observation [n + 4]: the simulator's, as the model is about to see it in words."""
 
     def __init__(self, family: Hvac, task: Task) -> None:
         self.family = family
         self.env = family.simulator(task.metadata.get("steps"))
-        family.reset_simulator(self.env, task)
+        self.observation = family.reset_simulator(self.env, task)
         self._past: list[Record] = []
         self._powered = self.env.physics.powered.astype(bool)
         self._count = 1 if family.control == "uniform" else int(self._powered.sum())
@@ -241,7 +241,7 @@ class HvacText(Env):
         else:
             action = np.zeros(self.env.zones, np.float32)
             action[self._powered] = parsed.powers
-        _, reward, terminated, truncated, info = self.env.step(action)
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
         self._past.append(Record(parsed.powers, reward, not parsed.fallback))
         penalty = self.family.parse_penalty if parsed.fallback else 0.0
         if terminated or truncated:
