@@ -15,6 +15,7 @@ import dpo_step
 import group_size
 import grpo_step
 import hvac_steps
+import plan_error
 import ppo_step
 import reward_step
 import sampling
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Options], None]] = {
     "ppo_step": ppo_step.run,
     "hvac_steps": hvac_steps.run,
     "data_throughput": data_throughput.run,
+    "plan_error": plan_error.run,
 }
 
 

@@ -25,6 +25,7 @@ from sapwood.types import Ids, Message
 _REPLY = "SAPWOODREPLYPLACEHOLDER"
 # Bracket the number of a special token that a message spells out, while the template runs (private use area).
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _Messages = tuple[Message, ...]
 
@@ -92,7 +93,8 @@ class Chat:
         They are what sampling the same text would have given: the reply is tokenised by itself, after the prompt.
         """
         closing = [self._specials[self._turn_end]] if self._turn_end is not None else list(self.end_token_ids[:1])
-        return np.concatenate([np.array(self._ids(text, split_special_tokens=True), np.int64), np.array(closing)])
+        ids = self._ids(_whole(text), split_special_tokens=True)
+        return np.concatenate([np.array(ids, np.int64), np.array(closing)])
 
     def ended(self, reply_ids: Ids) -> bool:
         """Whether the sampled tokens [T] close the assistant's turn themselves."""
@@ -155,6 +157,7 @@ class Chat:
 
     def _conceal(self, message: Message, spelled: list[str]) -> Message:
         """Replace special tokens spelled out in the content by numbered marks; `spelled` collects them."""
+        message = Message(message.role, _whole(message.content))
         if not self._special_pattern.search(message.content):
             return message
 
@@ -198,6 +201,13 @@ class Chat:
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+
+def _whole(text: str) -> str:
+    """The text with halves of surrogate pairs, which no tokenizer reads, as U+FFFD; two halves that fit are joined."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _frozen(ids: Ids) -> Ids:

@@ -9,6 +9,7 @@ A `Snapshot` is a copy of everything that is trained, so that a `Writer` may wri
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sapwood.errors import StorageError
+from sapwood.errors import StorageError, printable
 from sapwood.models.adapters import write_classifier
 from sapwood.models.forward import causal_lm
 from sapwood.models.load import Policy, is_classifier, quiet_transformers, scalar_head, set_pad_token
@@ -218,26 +219,35 @@ class Checkpoint:
 def read(folder: Path, *, verify: bool = True) -> Checkpoint:
     """A checkpoint's facts. verify: hash every file; otherwise only presence and sizes are compared."""
     step = _step_of(folder)
+    if not (folder / MANIFEST).is_file():
+        return Checkpoint(folder, step, problem="it has no manifest.json")
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = {str(name): (str(f["sha256"]), int(f["bytes"])) for name, f in manifest["files"].items()}
+        files = {str(name): (str(f["sha256"]), _size(f["bytes"])) for name, f in manifest["files"].items()}
         metrics = {str(name): float(value) for name, value in manifest["metrics"].items()}
         facts = {"time": str(manifest["time"]), "metrics": metrics, "bytes": sum(n for _, n in files.values())}
         known = int(manifest["format"])
-    except FileNotFoundError:
-        return Checkpoint(folder, step, problem="it has no manifest.json")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return Checkpoint(folder, step, problem="its manifest.json can't be read")
     if known > FORMAT:
         return Checkpoint(folder, step, **facts, problem=f"a later version of Sapwood wrote it (format {known})")
     return Checkpoint(folder, step, **facts, problem=_fault(folder, files, verify=verify))
 
 
+def _size(value: Any) -> int:
+    size = int(value)
+    if not 0 <= size < 2**60:
+        raise ValueError("no size of a file")
+    return size
+
+
 def _fault(folder: Path, files: Mapping[str, tuple[str, int]], *, verify: bool) -> str | None:
     for name, (digest, size) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"its manifest.json names {printable(repr(name))}, which isn't in its folder"
+        if not os.path.isfile(path):  # False for a name that no file can have
+            return f"{printable(name)} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes in place of {size:,}"
         try:
@@ -269,12 +279,14 @@ _UNREADABLE = (
 def load_state(folder: Path) -> dict[str, Any]:
     """The training state of a checkpoint. Raises StorageError where it can't be read."""
     path = folder / STATE
+    if not path.is_file():
+        raise StorageError(f"{path}: isn't there; resume from another checkpoint.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        first = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         raise StorageError(f"{path}: can't be read as a training state ({first}); resume from another one.") from error
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise StorageError(f"{path}: isn't a training state of Sapwood's; resume from another checkpoint.")
     return state
 
@@ -294,8 +306,17 @@ def prune(run_dir: Path, keep: int, best: str | None = None, higher: bool = True
     if not whole:
         return []
     for path in removed:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            discard(path)
     return removed
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint; of a link, the link and not what it leads to. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def best_of(checkpoints: Sequence[Checkpoint], metric: str, higher: bool) -> Checkpoint | None:

@@ -111,6 +111,7 @@ class Run:
             )
         trackers = Trackers(recipe.build_trackers())
         trackers.check()
+        _check_files(folder)
         run = Run(folder, recipe)
         run._take_lock()
         with writing(folder):
@@ -277,7 +278,7 @@ class Run:
         buffer = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as packed:
             for record in found:
-                packed.write((_dumps({"step": step, **record}) + "\n").encode())
+                packed.write(_line({"step": step, **record}))
         return self._write_bytes(self.path("samples", f"{name}_{step:06d}.jsonl.gz"), buffer.getvalue())
 
     def abandon(self) -> bool:
@@ -303,14 +304,17 @@ class Run:
         events = self.dir / "events.jsonl"
         if not events.is_file():
             return (self.dir / "evaluation.json").is_file()
-        kinds = [record["kind"] for record in read_metrics(events)]
+        kinds = [record.get("kind") for record in read_metrics(events)]
         return bool(kinds) and kinds[-1] == "finish"
 
     def progress_told(self) -> str:
         """How far the run got, in words."""
         metrics = self.dir / "metrics.jsonl"
-        history = read_metrics(metrics) if metrics.is_file() else []
-        steps = f"metrics up to step {history[-1]['step']}" if history else "no finished step"
+        try:
+            history = read_metrics(metrics) if metrics.is_file() else []
+            steps = f"metrics up to step {history[-1].get('step')}" if history else "no finished step"
+        except StorageError:
+            steps = "metrics with a damaged line"
         checkpoints = sorted((self.dir / "checkpoints").glob("step_*"))
         return f"{steps}, {f'checkpoint {checkpoints[-1]}' if checkpoints else 'no checkpoint'}"
 
@@ -385,7 +389,7 @@ class Run:
         with writing(path):
             if name not in self._files:
                 self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by `close`)
-            line = (_dumps(record) + "\n").encode()
+            line = _line(record)
             self._patiently(path, lambda: _write_line(self._files[name], line))
 
     def _start_log(self) -> None:
@@ -421,6 +425,14 @@ def in_use(folder: Path) -> str | None:
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it wrote its recipe."""
     return path.name == ".lock" or path.name.endswith(".part")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises StorageError where something else is in the place of a file that is written on (a pipe would block)."""
+    for name in (".lock", "metrics.jsonl", "timing.jsonl", "warnings.jsonl", "events.jsonl"):
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            raise StorageError(f"{path}: not a file, so the run can't go on; remove it, or put the run's own back.")
 
 
 def _aside(folder: Path) -> Path:
@@ -464,15 +476,14 @@ def _number(path: Path) -> int:
 
 
 def _cut_lines(path: Path, last: int) -> None:
-    """Leave the records up to step `last`; a torn line at the end goes too."""
+    """Leave the records up to step `last`; damaged lines, and a torn one at the end, go too."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > last:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line)
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
     aside = path.with_name(path.name + ".part")
     aside.write_bytes(b"".join(kept))
     os.replace(aside, path)
@@ -495,7 +506,9 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise StorageError(f"{path} line {number}: not a JSON record.") from error
@@ -551,8 +564,10 @@ def _write_line(file: io.FileIO, line: bytes) -> None:
         raise
 
 
-def _dumps(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+def _line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of JSON; half of a surrogate pair, which UTF-8 lacks, is escaped as JSON does it."""
+    text = json.dumps(_finite(record), sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def _finite(value: Any) -> Any:

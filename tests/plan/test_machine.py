@@ -73,7 +73,7 @@ def test_speeds_are_measured_with_the_shapes_of_a_model(monkeypatch):
     tree = TokenTree.of([Row(ids, ids > 30, np.zeros(9, np.int32))])
     found = machine.measure(32, 64, (4, 2, 8), tree, 3, torch.float32)
     assert found.flops == pytest.approx(2 * 40 * 32 * 64 / 0.001)
-    assert found.skinny == pytest.approx(0.001 / (32 * 64))
+    assert found.skinny == found.packed == pytest.approx(0.001 / (32 * 64))
     assert found.moved == pytest.approx(2 * 40 * 64 * 4 / 0.001)
     # 40 tokens see 40 x 41 / 2 keys; forward and backward are 14 products' worth a pair, head and width
     assert found.attention == pytest.approx(14 * 4 * 8 * 820 / 0.001)

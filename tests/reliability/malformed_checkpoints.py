@@ -82,7 +82,7 @@ def _newest(run: Path) -> Path:
 
 
 def _resealed(run: Path, path: Path, rng: random.Random) -> None:
-    if "checkpoints" in path.parts and path.name != "manifest.json" and rng.random() < 0.5:
+    if path.relative_to(run).parts[0] == "checkpoints" and path.name != "manifest.json" and rng.random() < 0.5:
         reseal(run / "checkpoints" / path.relative_to(run).parts[1])
 
 
@@ -97,7 +97,10 @@ def _command(rng: random.Random, *names: str) -> Case:
             more = [*more, "--damaged"] if rng.random() < 0.2 else more
             read_only = not {"--prune", "--damaged"} & set(more)
             return Case(
-                cli("checkpoints", "run", *more), (*names, "run"), (*kept, "run") if read_only else kept, report=True
+                cli("checkpoints", "run", *more),
+                (*names, "run", "step_"),
+                (*kept, "run") if read_only else kept,
+                report=True,
             )
         case 2:
             return Case(cli("report", "run", "--out", "page.html"), (*names, "run"), (*kept, "run"))

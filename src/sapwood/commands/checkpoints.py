@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ def run(given: argparse.Namespace) -> int:
     """List, verify, remove; 1 where one is damaged and stays."""
     from sapwood import checkpoint
     from sapwood.optimizer import higher_is_better
+    from sapwood.run import writing
 
     folder: Path = given.run
     if not (folder / "recipe.yaml").is_file():
@@ -54,7 +54,8 @@ def run(given: argparse.Namespace) -> int:
         whole = [each.path for each in found if each.problem is None]
         removed += [path for path in whole[: -given.prune] if best is None or path != best.path]
     for path in removed:
-        shutil.rmtree(path)
+        with writing(path):
+            checkpoint.discard(path)
     kept = [each for each in found if each.path not in removed]
     if given.json:
         told = [_record(each, best is not None and each.path == best.path) for each in kept]
