@@ -61,6 +61,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     module.train = run_train
     monkeypatch.setitem(sys.modules, "sapwood.train", module)
+    monkeypatch.setattr("sapwood.commands.train._memory_warning", lambda recipe, progress: None)
     return module
 
 

@@ -153,7 +153,7 @@ def test_kto_takes_the_reference_of_its_records_from_the_file(model_dir, files, 
         changes = {"reference": {"precompute": True}} if precompute else {}
         made = trainer(model_dir, files, tmp_path / f"run{precompute}", "kto", **changes)
         if made.parts.reference_cache is not None:
-            made.parts.reference_cache.build(made.models, made.learner.pack)
+            made.parts.reference_cache.build(made.learner.scored, made.learner.pack)
         scored: list[int] = []
         score = made.models.score
 
@@ -198,7 +198,7 @@ def test_a_reference_of_its_own_is_freed_once_every_record_has_been_scored(model
         changes = {"reference": {"precompute": True}} if precompute else {}
         made = trainer(model_dir, files, tmp_path / f"run{precompute}", "dpo", model={"lora": None}, **changes)
         if made.parts.reference_cache is not None:
-            made.parts.reference_cache.build(made.models, made.learner.pack)
+            made.parts.reference_cache.build(made.learner.scored, made.learner.pack)
         assert (made.models.reference is None) == precompute
         asked.clear()
         measured = made._evaluate("before")

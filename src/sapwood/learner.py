@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sapwood import evidence, memory
-from sapwood.algorithms import Algorithm, Forward, RowBatch, Totals
+from sapwood.algorithms import Algorithm, Forward, Needs, RowBatch, Totals
 from sapwood.config import Recipe
 from sapwood.errors import StorageError, TrainingStopped
 from sapwood.memory import Budget
@@ -86,6 +86,10 @@ class Learner:
         return memory.retry(compute, halve)
 
     # --- scoring ------------------------------------------------------------------------------------------------
+
+    def scored(self, rows: Sequence[Row], needs: Needs) -> None:
+        """Fill in what is needed, of rows packed as they come."""
+        self.within_memory(lambda: self.models.score(self.pack(rows), needs), rows)
 
     def score(self, groups: Sequence[Group], rows: list[Row], step: int, order: int) -> None:
         """Fill in what the algorithm needs, packed as the first updates will be; its further rows join `rows`."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from sapwood.data.dataset import Dataset
 from sapwood.data.groups import Grouper
-from sapwood.models.roles import Models
 from sapwood.ops.batch import Needs
 from sapwood.rollout import to_rows
 from sapwood.run import writing
@@ -19,6 +18,7 @@ from sapwood.types import Group, Row
 #: Records that are read and scored together.
 CHUNK = 64
 Pack = Callable[[Sequence[Row]], list[list[Row]]]
+Score = Callable[[Sequence[Row], Needs], None]
 
 
 @dataclass
@@ -38,24 +38,23 @@ class ReferenceCache:
 
     def build(
         self,
-        models: Models,
+        score: Score,
         pack: Pack,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Score every record, unless a run that goes on has done so already.
 
-        Raises StorageError where the run folder can't hold the values (4 bytes a token).
+        pack: for `then`, which sees what follows. Raises StorageError where the run folder can't hold the values
+        (4 bytes a token).
         """
         starts = self.path.with_name("start.npy")
         if not starts.is_file():  # written last
-            self._score(models, pack, starts, progress)
+            self._score(score, starts, progress)
         self._open(np.load(starts, allow_pickle=False))
         if self.then is not None:
             self.then(pack)
 
-    def _score(
-        self, models: Models, pack: Pack, starts: Path, progress: Callable[[str, int, int], None] | None
-    ) -> None:
+    def _score(self, score: Score, starts: Path, progress: Callable[[str, int, int], None] | None) -> None:
         total = len(self.dataset)
         counts = np.zeros(total, np.int64)
         with writing(self.path):
@@ -65,7 +64,7 @@ class ReferenceCache:
                     indices = range(first, min(first + CHUNK, total))
                     groups = [self.grouper.group(self.dataset[i], i) for i in indices]
                     rows = to_rows([group for group in groups if group is not None], 1.0)
-                    models.score(pack(rows), Needs(reference_logprobs=True))
+                    score(rows, Needs(reference_logprobs=True))
                     kept = [i for i, group in zip(indices, groups, strict=True) if group is not None]
                     for row in rows:
                         assert row.reference_logprobs is not None

@@ -6,10 +6,14 @@ that means is said; those that its state rests on may not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,7 +21,8 @@ import torch
 from sapwood import checkpoint
 from sapwood.config import Recipe
 from sapwood.environment import PACKAGES, version
-from sapwood.errors import ConfigError, StorageError
+from sapwood.errors import ConfigError, SapwoodError, StorageError, printable
+from sapwood.memory import is_out_of_memory
 from sapwood.models.load import Policy, is_classifier, load_classifier, load_model
 from sapwood.models.roles import Models
 from sapwood.ops.schedules import learning_rate
@@ -82,7 +87,7 @@ def find(run_dir: Path, path: Path | None = None) -> Start:
 def _named(run_dir: Path, path: Path) -> checkpoint.Checkpoint:
     if path.name == "policy":
         path = path.parent
-    if path.parent.resolve() != (run_dir / "checkpoints").resolve():
+    if os.path.realpath(path.parent) != os.path.realpath(run_dir / "checkpoints"):
         raise StorageError(f"--resume: {path} is no checkpoint of {run_dir}; they are in {run_dir / 'checkpoints'}.")
     if not path.is_dir():
         known = ", ".join(each.path.name for each in checkpoint.found(run_dir, verify=False)) or "none"
@@ -96,8 +101,57 @@ def _named(run_dir: Path, path: Path) -> checkpoint.Checkpoint:
 
 def _start(each: checkpoint.Checkpoint, run_dir: Path, notes: list[str]) -> Start:
     state = checkpoint.load_state(each.path)
+    _check_state(state, each)
     later = [c for c in checkpoint.found(run_dir, verify=False) if c.step > each.step and c.problem is None]
     return Start(int(state["step"]), state["pending"] is not None, each.path, state, bool(later), tuple(notes))
+
+
+#: What a run goes on from, by its type.
+_STATE: dict[str, tuple[type, ...]] = {
+    "steps": (int,),
+    "pending": (list, NoneType),
+    "finished": (str, NoneType),
+    "metrics": (dict,),
+    "first_weights": (str,),
+    "parameters": (dict,),
+    "stepper": (dict,),
+    "watchers": (dict,),
+    "learner": (dict,),
+    "guards": (dict,),
+    "algorithm": (dict,),
+    "source": (dict,),
+    "evaluations": (dict,),
+    "engine": (dict,),
+}
+
+
+def _check_state(state: Mapping[str, Any], each: checkpoint.Checkpoint) -> None:
+    """Raises StorageError for a training state that isn't a run's of this step."""
+    wrong = next((name for name, types in _STATE.items() if not isinstance(state.get(name, ()), types)), None)
+    path = each.path / checkpoint.STATE
+    if wrong is not None or "tasks" not in state:
+        raise StorageError(
+            f"{path}: isn't a run's training state ({wrong or 'tasks'}); resume from another checkpoint."
+        )
+    if state["step"] != each.step:
+        raise StorageError(f"{path}: is of step {state['step']}, in the checkpoint of step {each.step}; use another.")
+
+
+@contextlib.contextmanager
+def restoring(folder: Path | None) -> Iterator[None]:
+    """Turn what a training state of another shape makes of the loading below into a StorageError."""
+    try:
+        yield
+    except SapwoodError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
+        first = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise StorageError(
+            f"{folder}: its training state doesn't fit this run ({type(error).__name__}: {first}); resume from another "
+            "checkpoint."
+        ) from error
 
 
 # --- recipes -----------------------------------------------------------------------------------------------------
@@ -146,11 +200,21 @@ def schedule_note(before: Recipe, after: Recipe, steps: tuple[int, int], done: i
     )
 
 
+def environment_notes(path: Path) -> list[str]:
+    """`version_notes` of an environment.json, or that it can't be read; none where there is none."""
+    if not path.is_file():
+        return []
+    try:
+        return version_notes(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return [f"{path}: can't be read, so it isn't known whether the run began with these versions"]
+
+
 def version_notes(environment: Mapping[str, Any]) -> list[str]:
     """Packages whose versions aren't those that the run began with: its numbers may differ in their last bits."""
     began = {"sapwood": environment.get("sapwood"), **dict(environment.get("packages") or {})}
-    differ = [f"{name} {began[name]} -> {version(name)}" for name in ("sapwood", *PACKAGES) if name in began]
-    differ = [told for told in differ if told.split(" -> ")[0].split(" ", 1)[1] != told.split(" -> ")[1]]
+    known = [(name, str(began[name]), str(version(name))) for name in ("sapwood", *PACKAGES) if name in began]
+    differ = [f"{name} {printable(old, 60)} -> {new}" for name, old, new in known if old != new]
     return [f"other versions than the run began with, so results may differ: {', '.join(differ)}"] if differ else []
 
 

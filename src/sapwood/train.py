@@ -138,7 +138,8 @@ class Trainer:
         parts = build(recipe, run.dir, progress)
         trainer = Trainer(recipe, run, progress, parts, resume.fingerprint(parts.models))
         if start.folder is not None:
-            trainer._restore(start)
+            with resume.restoring(start.folder):
+                trainer._restore(start)
             span = (int(start.state["steps"]), parts.steps)
             if start.before is not None and (note := resume.schedule_note(start.before, recipe, span, start.step)):
                 parts.notes.append(note)
@@ -198,7 +199,7 @@ class Trainer:
         if self.parts.reference_cache is not None:
             self.progress.phase("reference log-probabilities")
             with self._stopping.interruptible():
-                self.parts.reference_cache.build(self.models, self.learner.pack, self.progress.work)
+                self.parts.reference_cache.build(self.learner.scored, self.learner.pack, self.progress.work)
         self.progress.start(steps, done=self.done)
         if self.finished is not None:
             self.progress.note(f"nothing is left to do ({self.finished}); give more run.steps to go on.")
@@ -352,6 +353,7 @@ class Trainer:
             "stepper": self.stepper.state(),
             "watchers": self._watcher_state(),
             "learner": self.learner.state(),
+            "engine": {} if self.parts.engine is None else self.parts.engine.state(),
             "guards": self.watch.state(),
             **(self._kept or self._between()),
             "tasks": None if tasks is None else tasks.state(),
@@ -387,6 +389,7 @@ class Trainer:
         elif start.step >= self.parts.steps or (early is not None and early.waited >= early.patience):
             self.finished = state["finished"]
         if self.parts.engine is not None:
+            self.parts.engine.load_state(state["engine"])
             self.parts.engine.load(self.policy)
 
     # --- a step -------------------------------------------------------------------------------------------------

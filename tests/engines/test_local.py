@@ -360,6 +360,12 @@ def test_shrinking_halves_what_was_in_use_until_one_row_is_left(monkeypatch: pyt
     assert (engine.options.max_batch, engine.options.prefill_chunk) == (3, 128)
     assert engine.options.kv_budget_tokens == 60
     assert len(engine.generate(requests)) == 6
+    resumed = LocalEngine(tiny(), options=LocalOptions(max_batch=64, prefill_chunk=256))
+    resumed.load_state(engine.state())
+    assert resumed.options == engine.options
+    other = LocalEngine(tiny(), options=LocalOptions(max_batch=32, prefill_chunk=256))
+    other.load_state(engine.state())
+    assert (other.options.max_batch, other.state()) == (32, {})
     assert [engine.shrink() for _ in range(2)] == [True, False]
     assert (engine.options.max_batch, engine.options.prefill_chunk) == (1, 64)
     assert len(engine.generate(requests)) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from sapwood import cli
 from sapwood.config import parse_recipe
+from sapwood.errors import TrainingStopped
 from sapwood.plan import plan, warning
 from sapwood.plan.advice import Change, size
 from sapwood.plan.machine import GIB, MIB, Room
@@ -125,6 +127,25 @@ def test_a_run_is_warned_of_in_one_line(model_dir, file, tmp_path, monkeypatch):
     told = warning(recipe)
     assert told is not None
     assert re.fullmatch(r"the run needs .* of the 1 MiB of this test; .*--plan` says what to change\.", told)
+
+
+def test_training_begins_with_a_warning_where_memory_is_short(model_dir, file, tmp_path, monkeypatch, capsys):
+    def train(recipe, *_):
+        raise TrainingStopped("it began.")
+
+    monkeypatch.setattr(importlib.import_module("sapwood.train"), "train", train)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(written(model_dir, file, tmp_path, model={"device": "cpu"})))
+    monkeypatch.setattr("sapwood.plan.making.room", lambda _: Room(MIB, "of this test"))
+    assert run(capsys, path)[2].splitlines()[0].startswith("warning: the run needs ")
+    monkeypatch.setattr("sapwood.plan.making.room", lambda _: Room(64 * GIB, "of this test"))
+    assert run(capsys, path)[2] == "sapwood: it began.\n"
+
+    def fail(recipe):
+        raise RuntimeError("no plan for this model")
+
+    monkeypatch.setattr(importlib.import_module("sapwood.plan"), "warning", fail)
+    assert run(capsys, path)[2] == "sapwood: it began.\n"
 
 
 def test_a_plan_says_when_it_cannot_tell(model_dir, file, tmp_path):

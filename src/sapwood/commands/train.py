@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from sapwood.errors import ConfigError, SapwoodError, Stopped, StorageError
 
 if TYPE_CHECKING:
     from sapwood.config import Recipe
+    from sapwood.progress import Progress
     from sapwood.resume import Start
     from sapwood.run import Run
     from sapwood.train import TrainResult
@@ -68,6 +70,8 @@ def run(given: argparse.Namespace) -> int:
 
                 for note in start.notes if start else ():
                     progress.note(note)
+                if (doubt := _memory_warning(recipe, progress)) is not None:
+                    progress.warn(doubt)
                 result = train(recipe, opened, progress, start)
         except Stopped as stop:
             if not opened.abandon():
@@ -110,6 +114,18 @@ def _plan(recipe: Recipe, as_json: bool) -> int:
         made = plan(recipe, progress)
     show(made, recipe, as_json=as_json)
     return 1 if made.fits == "no" else 0
+
+
+def _memory_warning(recipe: Recipe, progress: Progress) -> str | None:
+    """One line where this machine's memory clearly doesn't hold the run."""
+    from sapwood.plan import warning
+
+    progress.phase("planning")
+    try:
+        return warning(recipe)
+    except Exception as error:  # advice on a run must not end it; what is wrong with the run, the run will say
+        logging.getLogger("sapwood").debug("no plan: %r", error)
+        return None
 
 
 def _recipe(given: argparse.Namespace) -> tuple[Recipe, Path]:
@@ -176,12 +192,10 @@ def _resume(recipe: Recipe, asked: Path) -> tuple[Run, Start]:
     from sapwood.run import Run
 
     folder = recipe.run.dir
-    start = resume.find(folder, None if asked.resolve() == folder.resolve() else asked)
+    start = resume.find(folder, None if os.path.realpath(asked) == os.path.realpath(folder) else asked)
     before = load_recipe(folder)
     notes = [*start.notes, *resume.check_recipe(before, recipe, start.step)]
-    environment = folder / "environment.json"
-    if environment.is_file():
-        notes += resume.version_notes(json.loads(environment.read_text("utf-8")))
+    notes += resume.environment_notes(folder / "environment.json")
     if start.step:
         notes.append(f"going on after step {start.step} ({start.folder})")
     opened = Run.resume(recipe, start.step, pending=start.pending, aside=start.aside)

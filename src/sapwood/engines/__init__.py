@@ -9,7 +9,7 @@ results don't depend on who else was in the batch (beyond float noise).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,13 @@ class Engine(ABC):
         Requests, episodes and caches are dropped. What is sampled from then on is the same, rounding apart.
         """
         return False
+
+    def state(self) -> dict[str, Any]:
+        """What `shrink` has changed, to checkpoint; {} where nothing was."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (optional hook)
+        """Take up what `state` gave."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Sample all requests; completions in the order of the requests. Their episodes are closed."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,11 @@ class LocalOptions(BaseModel):
     prefill_chunk: int = Field(default=1024, ge=1, description="prompt tokens per forward")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     runtime: Literal["auto", "lean", "generic"] = "auto"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What `LocalEngine.shrink` makes smaller."""
+        return {name: getattr(self, name) for name in ("max_batch", "kv_budget_tokens", "prefill_chunk")}
 
 
 @dataclass
@@ -103,7 +108,7 @@ class LocalEngine(Engine):
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, options: LocalOptions | None = None) -> None:
-        self.options = options or LocalOptions()
+        self.options = self._asked = options or LocalOptions()
         self.stats = EngineStats()
         self._tokenizer = tokenizer
         self._model: Any = None
@@ -226,6 +231,17 @@ class LocalEngine(Engine):
         }
         self.options = options.model_copy(update=changes)
         return True
+
+    def state(self) -> dict[str, Any]:
+        """The sizes asked for and those that `shrink` left, where it was called."""
+        if self.options == self._asked:
+            return {}
+        return {"asked": self._asked.sizes, "taken": self.options.sizes}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, unless other sizes are asked for by now."""
+        if state and state["asked"] == self._asked.sizes:
+            self.options = self.options.model_copy(update={name: int(size) for name, size in state["taken"].items()})
 
     def _forget(self) -> None:
         """Drop every request, episode and cache, and the memory that they take."""
