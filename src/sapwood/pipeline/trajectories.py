@@ -158,12 +158,15 @@ def play(family: Hvac, task: Task, controller: Controller, value: Value | None =
     seen: list[NDArray[np.float32]] = []
     made: list[tuple[tuple[float, ...], float, float, float]] = []
     done = False
-    while not done:
-        action = np.asarray(controller(env), np.float32)
-        seen.append(observation)
-        observation, reward, terminated, truncated, info = env.step(action)
-        made.append((powers_of(family, action), float(reward), float(info["energy"]), float(info["comfort"])))
-        done = terminated or truncated
+    try:
+        while not done:
+            action = np.asarray(controller(env), np.float32)
+            seen.append(observation)
+            observation, reward, terminated, truncated, info = env.step(action)
+            made.append((powers_of(family, action), float(reward), float(info["energy"]), float(info["comfort"])))
+            done = terminated or truncated
+    finally:
+        env.close()
     values = None if value is None else [float(v) for v in value(np.array(seen))]
     steps = tuple(
         Decision(i, tuple(shortest(seen[i])), *numbers, value=None if values is None else values[i])
