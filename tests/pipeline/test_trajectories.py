@@ -12,6 +12,7 @@ import pytest
 from sapwood.envs.hvac import Hvac
 from sapwood.envs.hvac.controllers import one_step_optimal, proportional
 from sapwood.envs.hvac.layout import action_of, powers_of, world_of
+from sapwood.envs.hvac.prompt import describe
 from sapwood.errors import DataError, StorageError
 from sapwood.pipeline.trajectories import (
     Decision,
@@ -85,7 +86,7 @@ def test_layout_of_the_file_is_the_documented_one(tmp_path):
     assert len(content["world"]["observation"]) == 10
     assert list(content["episodes"][0]) == ["task", "day", "hour", "seed", "return", "steps"]
     assert list(content["episodes"][0]["steps"][0]) == [
-        "step", "observation", "action", "reward", "energy", "comfort", "value",
+        "step", "observation", "action", "reward", "energy", "comfort", "state", "value",
     ]  # fmt: skip
     # An episode a line, so that two files can be compared line by line.
     assert [line.startswith('{"task"') for line in path.read_text().splitlines()].count(True) == 2
@@ -108,6 +109,7 @@ def test_play_records_what_the_simulator_did():
         assert step.observation == pytest.approx(observation.tolist(), abs=1e-5)
         assert np.array_equal(np.array(step.observation, np.float32), observation)
         assert step.value == pytest.approx(2.0 * step.observation[0])
+        assert step.state == describe(env)
         observation, reward, _, _, info = env.step(action_of(PER_ZONE, step.action))
         assert step.reward == pytest.approx(reward, abs=1e-5)
         assert (step.energy, step.comfort) == pytest.approx((info["energy"], info["comfort"]), abs=1e-5)

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -27,17 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sapwood.envs.hvac.controllers import Controller
+from sapwood.envs.hvac.files import load_json, replace
 from sapwood.envs.hvac.layout import differences, misfit, powers_of, shortest, world_of
 from sapwood.envs.hvac.parsing import How
+from sapwood.envs.hvac.prompt import describe
 from sapwood.envs.hvac.text import Hvac
-from sapwood.errors import DataError, StorageError, printable
+from sapwood.errors import DataError, printable
 from sapwood.types import Message, Task
 
 FORMAT = 1
 #: Numbers beyond this are no temperature, power, reward or log-probability.
 LARGEST = 1e9
-#: A larger file is refused before it is read: it would not fit in memory.
-MAX_BYTES = 4 * 2**30
 PARSED = get_args(How)
 
 #: Critic's values [S] of observations [S, n + 4].
@@ -68,9 +67,9 @@ class Reply:
 class Decision:
     """One step: the observation [n + 4] before it, the powers chosen, and the physical reward.
 
-    Of a language model also: prompt (the id of the messages before the state), state (the text of the state's
-    message), and what a `Reply` has; others: further replies in the same state, tried on a copy of the simulator.
-    value: a critic's value of the observation.
+    state: the state in words; of a language model the whole text of the state's message. Of a language model also:
+    prompt (the id of the messages before the state) and what a `Reply` has; others: further replies in the same
+    state, tried on a copy of the simulator. value: a critic's value of the observation.
     """
 
     step: int
@@ -156,12 +155,14 @@ def play(family: Hvac, task: Task, controller: Controller, value: Value | None =
     env = family.simulator(task.metadata.get("steps"))
     observation = family.reset_simulator(env, task)
     seen: list[NDArray[np.float32]] = []
+    states: list[str] = []
     made: list[tuple[tuple[float, ...], float, float, float]] = []
     done = False
     try:
         while not done:
             action = np.asarray(controller(env), np.float32)
             seen.append(observation)
+            states.append(describe(env))
             observation, reward, terminated, truncated, info = env.step(action)
             made.append((powers_of(family, action), float(reward), float(info["energy"]), float(info["comfort"])))
             done = terminated or truncated
@@ -169,7 +170,7 @@ def play(family: Hvac, task: Task, controller: Controller, value: Value | None =
         env.close()
     values = None if value is None else [float(v) for v in value(np.array(seen))]
     steps = tuple(
-        Decision(i, tuple(shortest(seen[i])), *numbers, value=None if values is None else values[i])
+        Decision(i, tuple(shortest(seen[i])), *numbers, state=states[i], value=None if values is None else values[i])
         for i, numbers in enumerate(made)
     )
     total = sum(step.reward for step in steps)
@@ -194,27 +195,6 @@ def write(path: Path | str, file: TrajectoryFile) -> Path:
     except ValueError as error:
         raise DataError(f"{path}: not written: a number of it is not finite ({error}).") from error
     return path
-
-
-def replace(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file aside, to the disk, and rename it; what fails leaves what was there. Raises StorageError."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(
-            f"{path}: can't be written: {error.strerror or error}; what was there before is as it was."
-        ) from error
 
 
 def _chunks(file: TrajectoryFile) -> Iterator[bytes]:
@@ -262,10 +242,11 @@ def _step_record(step: Decision) -> dict[str, Any]:
         "energy": step.energy,
         "comfort": step.comfort,
     }
+    if step.state is not None:
+        record["state"] = step.state
     if step.reply is not None:
         record |= {
             "prompt": step.prompt,
-            "state": step.state,
             "reply": step.reply,
             "parsed": step.parsed,
             "fallback": step.fallback,
@@ -313,29 +294,6 @@ def read(path: Path | str) -> TrajectoryFile:
         return _Reader(found).file(str(path))
     except _Bad as error:
         raise DataError(f"{path}: {error}.") from None
-
-
-def load_json(path: Path, kind: str) -> dict[str, Any]:
-    """The object in a JSON file of ours of the given kind. Raises DataError for anything else."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise DataError(f"{path}: {size:,} bytes are too many for a {kind}; split it by episodes.")
-        found = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such {kind}.") from None
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a {kind}: it is no UTF-8 text.") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{path}: not a {kind}, or cut short: no JSON at {place} ({error.msg}).") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: not a {kind}: its JSON is nested too deeply or has a number too long.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: not a {kind}: it holds no JSON object.")
-    return found
 
 
 class _Bad(Exception):
@@ -458,10 +416,10 @@ class _Reader:
             "value": _number(found, "value") if found.get("value") is not None else None,
         }
         if "reply" not in found:
-            for name in ("prompt", "state", "parsed", "fallback", "temperature", "others", *_TOKENS):
+            for name in ("prompt", "parsed", "fallback", "temperature", "others", *_TOKENS):
                 if name in found:
                     raise _Bad(f"{name} is there without a reply")
-            return Decision(**numbers)
+            return Decision(**numbers, state=_string(found, "state") if "state" in found else None)
         prompt = _string(found, "prompt")
         if prompt not in self.prompts:
             _bad("prompt", prompt, "an id of prompts")
