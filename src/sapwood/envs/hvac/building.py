@@ -143,6 +143,20 @@ def load_building(name: str) -> Building:
     return Building(record["name"], zones, UValues(**record["u_values"]))
 
 
+def fitted_thermal_mass(name: str) -> tuple[float, float]:
+    """The `thermal_mass` and `mass_coupling` with which a named building follows EnergyPlus best.
+
+    `scripts/fit_thermal_mass.py` found them. Raises ConfigError for any other building.
+    """
+    fitted: dict[str, dict[str, float]] = json.loads((DATA / "thermal_mass.json").read_text(encoding="utf-8"))
+    if name not in fitted:
+        raise ConfigError(
+            f"thermal_mass 'fitted': building {name!r} has no fitted value, which are those of {', '.join(fitted)}; "
+            "give a number."
+        )
+    return fitted[name]["thermal_mass"], fitted[name]["mass_coupling"]
+
+
 def _overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
     """Length that two intervals share; negative where there is a gap."""
     return min(a[1], b[1]) - max(a[0], b[0])
@@ -184,17 +198,13 @@ def floor_conductances(zones: tuple[Zone, ...], u: UValues) -> Matrix:
 class Thermal:
     """Continuous model dT/dt = A T + B u, with inputs u = [person heat, T_ground, T_out, power_1..n, sun].
 
-    a [n, n] (1/s); b [n, n + 4]; person heat in W for each of the nominal occupants; power in -1..1; sun in 0..1 of
-    `sun_scale` W/m2.
+    T [s]: the air of the n zones (s = n), and where the model has a mass of its own in each zone also the n masses
+    (s = 2n). a [s, s] (1/s); b [s, n + 4]; person heat in W for each of the nominal occupants; power in -1..1; sun in
+    0..1 of `sun_scale` W/m2.
     """
 
     a: Matrix
     b: Matrix
-
-    @property
-    def zones(self) -> int:
-        """n."""
-        return self.a.shape[0]
 
 
 def thermal(
@@ -206,15 +216,20 @@ def thermal(
     shgc: float = 0.252,
     shgc_weight: float = 0.12,
     ground_weight: float = 0.5,
+    thermal_mass: float = 1.0,
+    mass_coupling: float | None = None,
 ) -> Thermal:
     """The thermal network of a building.
 
     max_power: W a zone at power 1; powered [n]: zones that the actions reach; sun_scale: largest irradiance of the
     year [W/m2]; shgc: solar heat gain coefficient of the windows; shgc_weight: share of the horizontal irradiance
-    that counts for them; ground_weight: share of the slab that touches the ground.
+    that counts for them; ground_weight: share of the slab that touches the ground; thermal_mass: heat capacity of
+    a zone in those of its air. Without mass_coupling air and mass have one temperature. With it [W/K per m2 of floor]
+    the mass (thermal_mass - 1 times the air) has its own: it exchanges heat with the air of its zone, the ground and
+    the masses of the zones next to it, and the air with it, outdoors, sun, people and power.
     """
     zones, u, n = building.zones, building.u, len(building.zones)
-    capacity = np.array([zone.capacity for zone in zones])
+    capacity = np.array([zone.capacity for zone in zones]) * (thermal_mass if mass_coupling is None else 1.0)
     between = floor_conductances(zones, u)
     for i, a in enumerate(zones):
         for j in range(i):
@@ -230,7 +245,19 @@ def thermal(
     sun = np.array([zone.window for zone in zones]) * shgc * shgc_weight * sun_scale
     power = np.diag(max_power * powered)
     b_matrix = np.column_stack([people, ground, outdoors, power, sun]) / capacity[:, None]
-    return Thermal(a_matrix, b_matrix)
+    if mass_coupling is None:
+        return Thermal(a_matrix, b_matrix)
+    coupling = np.array([max(zone.floor_area, 1.0) for zone in zones]) * mass_coupling
+    mass = capacity * (thermal_mass - 1.0)
+    a_both, b_both = np.zeros((2 * n, 2 * n)), np.zeros((2 * n, n + 4))
+    a_both[:n, :n] = np.diag(-(outdoors + coupling) / capacity)
+    a_both[:n, n:] = np.diag(coupling / capacity)
+    a_both[n:, :n] = np.diag(coupling / mass)
+    a_both[n:, n:] = between / mass[:, None] - np.diag((between.sum(axis=1) + ground + coupling) / mass)
+    b_both[:n] = b_matrix
+    b_both[:n, 1] = 0.0
+    b_both[n:, 1] = ground / mass
+    return Thermal(a_both, b_both)
 
 
 def zero_order_hold(a: Matrix, b: Matrix, time_res: float) -> tuple[Matrix, Matrix]:

@@ -114,6 +114,11 @@ def station_of(climate: str) -> str:
     raise ConfigError(f"unknown climate {climate!r}.{hint} Known: {', '.join(names)}; any other station by epw: PATH.")
 
 
+def station_source(climate: str) -> str:
+    """File name of the EPW that a climate's or station's weather was read from."""
+    return str(_stations()[station_of(climate)]["source"])
+
+
 @lru_cache(maxsize=1)
 def _stations() -> dict[str, dict[str, object]]:
     return json.loads((DATA / "stations.json").read_text(encoding="utf-8"))
