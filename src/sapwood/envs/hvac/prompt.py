@@ -46,10 +46,21 @@ def job(env: HvacEnv, *, reasoning: bool) -> str:
     return (
         f"You control heating and cooling in a building with {zones} zones. Every {minutes:g} minutes choose "
         f"{choice}, from -1 (full cooling) to 1 (full heating). Full power moves the zones about {reach(env):.0f} C. "
-        f"Zones drift towards the outside temperature and warm up in the sun. Keep them at {env.target:g} C: below "
+        f"Zones drift towards the outside temperature and warm up in the sun. Keep them at {_aim(env)}: below "
         f"target heat (positive), above target cool (negative). The reward is near 0 when the zones are at target "
-        f"and falls with the distance and the power used. {end}."
+        f"and falls with the distance and {_spent(env)}. {end}."
     )
+
+
+def _aim(env: HvacEnv) -> str:
+    return "the target that each state gives" if env.has_setback else f"{env.target:g} C"
+
+
+def _spent(env: HvacEnv) -> str:
+    if env.price is None:
+        return "the power used"
+    price = "the price that each state gives" if env.has_prices else f"{env.price:g} per kWh"
+    return f"the power used, which costs {price}"
 
 
 def reach(env: HvacEnv) -> float:
@@ -69,23 +80,22 @@ def describe(env: HvacEnv, history: Sequence[Record] = ()) -> str:
 
     Uniform control reads the mean of the powered zones.
     """
-    p, time = env.physics, env.time
     hour, minute = divmod(round(env.hour * 60.0), 60)
-    text = (
-        f"Time {hour:02d}:{minute:02d}, outside {p.outdoor[time]:.1f} C, ground {p.ground[time]:.1f} C, "
-        f"sun {p.sun[time]:.1f}"
-    )
+    text = f"Time {hour:02d}:{minute:02d}, outside {env.outdoor:.1f} C, ground {env.ground:.1f} C, sun {env.sun:.1f}"
     if env.occupancy != "none":
         text += f", people {env.people_present:.0f}"
+    if env.has_prices:
+        text += f", price {env.price:g} per kWh"
     if history:
         text += ". Recent powers and rewards: " + ", ".join(_past(record) for record in history)
-    temperatures = env.temperatures[p.powered.astype(bool)]
+    temperatures = env.temperatures[env.physics.powered.astype(bool)]
     full = reach(env)
     if env.control == "uniform":
         temperatures = temperatures.mean(keepdims=True)
     zones = ", ".join(f"{t:.1f}" for t in temperatures.tolist())
     needs = ", ".join(_needs(env.target - t, full) for t in temperatures.tolist())
-    return f"{text}. Zones {zones} C; weather aside, target needs {needs}."
+    target = f", target {env.target:g} C" if env.has_setback else ""
+    return f"{text}. Zones {zones} C{target}; weather aside, target needs {needs}."
 
 
 def _past(record: Record) -> str:
@@ -111,43 +121,61 @@ class Example:
     start: Mapping[str, Any]
 
 
-def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tuple[Example, ...]:
-    """`count` examples on the given days, from strong cooling to strong heating; a function of the arguments alone.
+@dataclass(frozen=True)
+class Candidate:
+    """A state that could be shown. observation [n + 4]; power: mean best power; drift: how far weather moves that."""
 
-    A pool of states is drawn over days, hours and initial temperatures within `spread` of the target. The third of
-    them in which the weather matters least is kept, since an example in which drift outweighs the distance from
-    target teaches a small model that there is no rule; of these, in order of their best mean power, the middles of
-    `count` equal parts.
-    """
-    if count == 0:
-        return ()
+    example: Example
+    observation: NDArray[np.float32]
+    power: float
+    drift: float
+
+
+def pool(env: HvacEnv, days: Sequence[int], spread: float) -> list[Candidate]:
+    """States over days, hours and initial temperatures within `spread` of the target, with one-step-optimal answers;
+    a function of the arguments alone."""
     on = env.physics.powered.astype(bool)
     rng = np.random.default_rng(0)
-    pool: list[tuple[float, float, Example]] = []
+    made: list[Candidate] = []
     for index in range(EXAMPLE_POOL):
         day = int(days[index * len(days) // EXAMPLE_POOL])
         hour = int(rng.integers(24))
-        start = {"day": day, "hour": hour, "initial_temperature": start_temperatures(env, rng, spread).tolist()}
-        env.reset(options=start)
+        initial = start_temperatures(env, rng, spread, hour)
+        start = {"day": day, "hour": hour, "initial_temperature": initial.tolist()}
+        observation, _ = env.reset(options=start)
         state = describe(env)
         action = np.round(one_step_optimal(env), 2)
         powers = action if env.control == "uniform" else action[on]
         wanted = (env.target - env.temperatures[on].mean()) / reach(env)
         drift = abs(float(wanted - powers.mean()))
         reward = env.step(action.astype(np.float32))[1]
-        pool.append((drift, float(powers.mean()), Example(state, answer(powers.tolist()), reward, start)))
+        example = Example(state, answer(powers.tolist()), reward, start)
+        made.append(Candidate(example, observation, float(powers.mean()), drift))
+    return made
+
+
+def examples(env: HvacEnv, days: Sequence[int], count: int, spread: float) -> tuple[Example, ...]:
+    """`count` examples on the given days, from strong cooling to strong heating; a function of the arguments alone.
+
+    Of a `pool` the third in which the weather matters least is kept, since an example in which drift outweighs the
+    distance from target teaches a small model that there is no rule; of these, in order of their best mean power, the
+    middles of `count` equal parts.
+    """
+    if count == 0:
+        return ()
+    found = pool(env, days, spread)
     # Full power, which shows neither sign nor size of a rule, is left out unless there is too little else.
-    pool.sort(key=lambda item: (abs(item[1]) > 0.95, item[0]))
-    calm = sorted(pool[: max(count, len(pool) // 3)], key=lambda item: item[1])
-    chosen = [calm[(2 * i + 1) * len(calm) // (2 * count)][2] for i in range(count)]
+    found.sort(key=lambda item: (abs(item.power) > 0.95, item.drift))
+    calm = sorted(found[: max(count, len(found) // 3)], key=lambda item: item.power)
+    chosen = [calm[(2 * i + 1) * len(calm) // (2 * count)].example for i in range(count)]
     # Neighbours in the prompt should differ, or a small model copies the last one.
     return tuple(chosen[::2] + chosen[1::2])
 
 
-def start_temperatures(env: HvacEnv, rng: np.random.Generator, spread: float) -> NDArray[np.float64]:
-    """Zone temperatures [n]: a common offset within `spread` of the target, and half a degree between zones."""
+def start_temperatures(env: HvacEnv, rng: np.random.Generator, spread: float, hour: float = 0.0) -> NDArray[np.float64]:
+    """Zone temperatures [n]: a common offset within `spread` of the hour's target, and half a degree between zones."""
     offset = rng.uniform(-spread, spread)
-    return np.round(env.target + offset + rng.uniform(-0.5, 0.5, env.zones), 2)
+    return np.round(env.target_at(hour) + offset + rng.uniform(-0.5, 0.5, env.zones), 2)
 
 
 def trunk(system: str, shots: Sequence[Example], *, rewards: bool) -> tuple[Message, ...]:
