@@ -26,7 +26,6 @@ VIEW = frozenset(
     }
 )  # fmt: skip
 
-WEATHER = ("outdoor temperature", "ground temperature", "irradiance", "people heat")
 UNIFORM = "all zones"
 
 
@@ -38,7 +37,12 @@ def world_of(family: Hvac) -> dict[str, Any]:
     plan = load_building(family.building)
     zones = [zone.name for zone in plan.zones]
     options = {name: value for name, value in family.model_dump(mode="json").items() if name not in VIEW}
-    return {**options, "zones": zones, "observation": [*zones, *WEATHER], "action": action_names(family)}
+    return {**options, "zones": zones, "observation": observation_names(family), "action": action_names(family)}
+
+
+def observation_names(family: Hvac) -> list[str]:
+    """What each number of an observation is."""
+    return family.model().observation_names
 
 
 def action_names(family: Hvac) -> list[str]:

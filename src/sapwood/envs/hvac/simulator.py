@@ -286,6 +286,11 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """The target depends on the hour."""
         return self._targets is not None
 
+    @property
+    def has_prices(self) -> bool:
+        """The price depends on the hour."""
+        return self._prices is not None
+
     def _observe(self) -> NDArray[np.float32]:
         """The observation at the current time; also sets the inputs that hold over the next step."""
         p, n, time, drive = self.physics, self.zones, self.time, self._drive

@@ -52,10 +52,11 @@ class Hvac(EnvFamily):
     The simulator is `HvacEnv` (backend rc) or `EnergyPlusEnv` (backend energyplus); building, climate, epw, control,
     time_res, max_power, target, setback, beta, pnorm, price, price_weight, powered, occupancy, thermal_mass and
     mass_coupling are their options. thermal_mass is 1 for rc and "fitted" for energyplus unless given; there it is
-    that of the `model` which writes the prompts' numbers and examples. horizon: steps of an episode. start: "day" (midnight, zones at target) or
-    "random" (any hour, zones within `start_spread` of the target). train_horizon: steps of a training episode, where
-    shorter ones teach better than they evaluate (`horizon` unless given). few_shot: worked examples in the prompt;
-    history: past powers and rewards shown with memory="state"; reasoning: the reply may think before it answers.
+    that of the `model` which writes the prompts' numbers and examples. horizon: steps of an episode. start: "day"
+    (midnight, zones at target) or "random" (any hour, zones within `start_spread` of the target). train_horizon:
+    steps of a training episode, where shorter ones teach better than they evaluate (`horizon` unless given).
+    few_shot: worked examples in the prompt; history: past powers and rewards shown with memory="state"; reasoning:
+    the reply may think before it answers.
 
     examples: a file of examples that stage `select` of the pipeline wrote; without it they are states of training days
     with their one-step-optimal answers. few_shot_choice: "fixed" (the same in every prompt), "nearest" (for each
@@ -303,7 +304,7 @@ def _examples(family: Hvac) -> tuple[Example, ...]:
 
 @lru_cache(maxsize=16)
 def _pooled(family: Hvac) -> Shots:
-    return pooled(pool(family.simulator(), family.days("train"), family.start_spread), world_of(family))
+    return pooled(pool(family.model(), family.days("train"), family.start_spread), world_of(family))
 
 
 @lru_cache(maxsize=64)
