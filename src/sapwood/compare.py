@@ -33,6 +33,7 @@ from sapwood.models.role import BASE as WITHOUT_ADAPTER
 from sapwood.models.roles import Models
 from sapwood.opening import Head, Origin, build_chat, build_engine, load_policy
 from sapwood.ops.batch import Forward
+from sapwood.paths import expanded
 from sapwood.rollout import bind_all
 from sapwood.sections import ModelSection
 from sapwood.source import held_out_groups
@@ -177,7 +178,7 @@ def _sections(recipe: Recipe, adapters: Sequence[Path], base_name: str) -> dict[
         return sections
     for path in adapters:
         with called("--adapter"):
-            find_adapter(path.expanduser())  # refuses a wrong path before any weight is loaded
+            find_adapter(expanded(path))  # refuses a wrong path before any weight is loaded
     sections = {base_name: bare}
     if begin is not None:
         sections[START] = bare.model_copy(update={"init_from": begin})

@@ -21,6 +21,7 @@ from sapwood.config import Recipe, load_recipe
 from sapwood.configfile import Source
 from sapwood.engines import Engine
 from sapwood.errors import ConfigError, DataError, ModelError
+from sapwood.paths import expanded
 from sapwood.sections import ModelSection
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def locate(name: str | Path, head: Head | None = None, **options: Any) -> Origin
     replace the run's (dtype, device, quantize ...). Raises ConfigError for an option, ModelError for a folder without
     a model.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_dir():
         return Origin(str(name), _section({"name": str(name), "lora": None}, options), head or "lm")
     run = next((folder for folder in (path, *path.parents[:3]) if (folder / "recipe.yaml").is_file()), None)
@@ -122,7 +123,7 @@ def _chat(tokenizer: Any, section: ModelSection) -> Chat:
     if section.chat_template is None:
         return Chat(tokenizer, title=f"the chat template of {section.name}")
     try:
-        template = section.chat_template.expanduser().read_text("utf-8")
+        template = expanded(section.chat_template).read_text("utf-8")
     except OSError as error:
         raise DataError(
             f"model.chat_template: {section.chat_template} can't be read ({error.strerror}); give a Jinja file."

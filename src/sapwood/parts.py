@@ -28,6 +28,7 @@ from sapwood.models.load import Policy, called, find_adapter, is_adapter, load_p
 from sapwood.models.roles import Models, build_critic, reference_on
 from sapwood.opening import build_chat, build_engine
 from sapwood.optimizer import EarlyStopping, Plateau, Stepper, higher_is_better
+from sapwood.paths import expanded
 from sapwood.progress import Progress
 from sapwood.reference import ReferenceCache
 from sapwood.rewards import Reward
@@ -132,7 +133,7 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
 def _check_lora(recipe: Recipe) -> None:
     """Raises ConfigError where model.lora asks for another adapter than that of model.init_from, which goes on."""
     lora, start = recipe.model.lora, recipe.model.init_from
-    if start is None or not is_adapter(folder := find_adapter(start.expanduser())):
+    if start is None or not is_adapter(folder := find_adapter(expanded(start))):
         return
     if lora is None:
         raise ConfigError(

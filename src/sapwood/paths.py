@@ -32,4 +32,9 @@ def cache_dir() -> Path:
     """Converted bundled models and prepared data: $SAPWOOD_CACHE, or the user's cache folder."""
     given = os.environ.get("SAPWOOD_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sapwood"
-    return Path(given).expanduser() if given else base
+    return expanded(given) if given else base
+
+
+def expanded(path: Path | str) -> Path:
+    """With ~ as the home directory. Unlike Path's own, it leaves the home of nobody (~nobody) as it is."""
+    return Path(os.path.expanduser(path))

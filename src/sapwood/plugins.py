@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sapwood.errors import ConfigError, DataError, SapwoodError, UnknownPlugin
+from sapwood.paths import expanded
 
 #: Characters of another program's words that a message repeats.
 _SAID = 300
@@ -69,7 +70,7 @@ def _load_reference(kind: str, reference: str) -> Any:
     if not module_name or not attribute.isidentifier():
         raise ConfigError(f"{kind} {reference!r}: write it as path/to/file.py:NAME or package.module:NAME.")
     if module_name.endswith(".py"):
-        module = _import_file(kind, reference, Path(module_name).expanduser())
+        module = _import_file(kind, reference, expanded(module_name))
     else:
         module = _imported(kind, reference, lambda: importlib.import_module(module_name))
     if not hasattr(module, attribute):
@@ -135,7 +136,7 @@ def _imported(kind: str, reference: str, load: Callable[[], Any]) -> Any:
     except SapwoodError:
         raise
     except (Exception, SystemExit) as error:  # the boundary to code that isn't ours
-        line = where_raised(error, str(Path(reference.rpartition(":")[0]).expanduser().resolve()))
+        line = where_raised(error, str(expanded(reference.rpartition(":")[0]).resolve()))
         place = f" at {line}" if line else ""
         raise ConfigError(f"{kind} {reference!r}: importing it raised {_described(error)}{place}.") from error
 

@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 from sapwood.data.section import SourceSection
 from sapwood.data.words import described
 from sapwood.errors import DataError, printable
+from sapwood.paths import expanded
 
 Entry = tuple[int, "dict[str, Any] | None", str]
 #: Called with the bytes (or rows) consumed so far.
@@ -59,7 +60,7 @@ class Input(ABC):
 
 def resolve(source: SourceSection) -> list[Input]:
     """The files of a source, or its hub set. Raises DataError for a path that leads nowhere."""
-    path = Path(os.path.expanduser(source.path))  # unlike Path's own, it leaves the home of nobody as it is
+    path = expanded(source.path)
     if not os.path.exists(path) and names_function(source.path):
         from sapwood.data.function import FunctionInput  # which imports this module
 
@@ -78,6 +79,8 @@ def resolve(source: SourceSection) -> list[Input]:
         if not found:
             raise DataError(f"{printable(source.path)}: no file matches; check the pattern.")
         return [FileInput(file, source.format) for file in found]
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{source.path}: neither a file nor a folder but a device or a pipe; write it to a file first.")
     if not os.path.isfile(path):
         raise DataError(f"{printable(source.path)}: no such file or folder{_nearest(path)}")
     return [FileInput(path, source.format)]

@@ -29,6 +29,7 @@ from sapwood.models.load import (
     scalar_head,
     vocabulary_difference,
 )
+from sapwood.paths import expanded
 
 #: PEFT's name of the critic's adapter.
 CRITIC = "critic"
@@ -161,7 +162,7 @@ def _adapter_critic(policy: Policy, section: CriticSection, seed: int) -> Critic
 
 def _start(init_from: Path) -> Path:
     with called("critic.name", "critic.init_from"):
-        return find_adapter(init_from.expanduser(), CRITIC)
+        return find_adapter(expanded(init_from), CRITIC)
 
 
 def _check_no_lora(section: CriticSection, start: Path) -> None:

@@ -41,6 +41,7 @@ from sapwood.models.sources import (
     read_config,
     resolve,
 )
+from sapwood.paths import expanded
 
 __all__ = [
     "BUNDLED",
@@ -369,7 +370,7 @@ def load_policy(
     scalar = head == "scalar"
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
-    start = find_adapter(Path(section.init_from).expanduser(), role) if section.init_from else None
+    start = find_adapter(expanded(section.init_from), role) if section.init_from else None
     file = AdapterFile.read(start) if start is not None and is_adapter(start) else None
     if file is not None and file.is_classifier and not scalar:
         raise ModelError(
@@ -486,15 +487,15 @@ def _base(file: AdapterFile | None, name: str) -> str:
     mine = public_name(name)
     if file is None or file.config.base_model_name_or_path in (None, mine):
         return mine
-    theirs = Path(file.base).expanduser()
+    theirs = expanded(file.base)
     if theirs.name == "policy" and theirs.parent.name.startswith("step_"):
         if theirs.is_dir():
             return file.base
         different = True
-    elif Path(mine).expanduser().is_dir() and theirs.is_dir():
-        different = Path(mine).expanduser().resolve() != theirs.resolve()
+    elif expanded(mine).is_dir() and theirs.is_dir():
+        different = expanded(mine).resolve() != theirs.resolve()
     else:
-        local = (Path(mine).expanduser().is_dir(), theirs.is_dir() or theirs.is_absolute())
+        local = (expanded(mine).is_dir(), theirs.is_dir() or theirs.is_absolute())
         different = not any(local)
     if different:
         raise ModelError(

@@ -25,6 +25,7 @@ from sapwood.models.load import Policy, find_adapter, is_adapter, is_classifier,
 from sapwood.models.precision import mixed_precision
 from sapwood.models.role import BASE, role
 from sapwood.ops.batch import Forward, Needs
+from sapwood.paths import expanded
 from sapwood.types import Row
 
 __all__ = ["Critic", "CriticSection", "Models", "build_critic"]
@@ -179,7 +180,7 @@ def _fill(rows: Sequence[Row], name: str, packed: Tensor) -> None:
 def reference_on(policy: Policy, start: Path) -> Policy | None:
     """The adapter at `start` (a run, checkpoint or adapter) frozen beside the policy's, or None where it has another
     base than the policy and needs a model of its own. Raises ModelError where there is nothing."""
-    folder = find_adapter(start.expanduser())
+    folder = find_adapter(expanded(start))
     if not (policy.has_lora and is_adapter(folder)):
         return None
     file = AdapterFile.read(folder)

@@ -19,6 +19,7 @@ from sapwood.models.forward import Batch, Hidden
 from sapwood.models.load import ModelChoice, Policy, called, find_adapter, is_adapter, load_policy, scalar_head
 from sapwood.models.role import role
 from sapwood.models.sources import at
+from sapwood.paths import expanded
 from sapwood.tree import pack
 from sapwood.types import Floats, Row
 
@@ -84,7 +85,7 @@ def _load(
     trust_remote_code: bool,
     cache_dir: Path | None,
 ) -> Scorer:
-    start, (dtype, quantize, device) = Path(path).expanduser(), placing
+    start, (dtype, quantize, device) = expanded(path), placing
     folder = find_adapter(start) if start.is_dir() else None
     if folder is not None and is_adapter(folder) and policy is not None and (dtype, quantize) == ("auto", "auto"):
         file = AdapterFile.read(folder)

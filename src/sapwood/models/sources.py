@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sapwood.errors import ModelError
-from sapwood.paths import cache_dir
+from sapwood.paths import cache_dir, expanded
 
 #: Bundled models: name -> (package, GGUF file in it, public name).
 BUNDLED = {
@@ -109,7 +109,7 @@ def resolve(name: str) -> str:
     """
     if name in BUNDLED:
         return str(_outlined(name) if outlined() else _converted(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{at('name')}{name} {_instead(path)}")
@@ -139,7 +139,7 @@ def nearest(name: str) -> str | None:
 
     Where the user may name runs too, as on the command line, they count.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     signs = ("config.json", "adapter_config.json", "recipe.yaml") if not option("name") else ("config.json",)
     names = [str(path.parent / item.name) for item in beside if any((item / sign).is_file() for sign in signs)]
@@ -236,7 +236,7 @@ def opening(name: str, what: str = "weights") -> Iterator[None]:
 
 def _why(name: str, what: str, first: str) -> str:
     """What is the matter with a model that doesn't open, `first` being transformers' own words."""
-    local = Path(name).expanduser().is_dir()
+    local = expanded(name).is_dir()
     if local and what == "tokenizer":
         return f"{name} has no tokenizer that can be opened ({first[:200]}); copy it beside the weights."
     if local and any(sign in first for sign in _DAMAGED):

@@ -18,6 +18,7 @@ from sapwood.chat import Chat
 from sapwood.config import Recipe
 from sapwood.engines import Completion, Engine, Request, Sampling
 from sapwood.envs import EnvFamily
+from sapwood.errors import ConfigError
 from sapwood.learner import split_updates
 from sapwood.parts import Parts
 from sapwood.rollout import collect, to_rows
@@ -28,6 +29,8 @@ from sapwood.types import Group, Ids, Row, StopReason, Task
 #: Episodes that are played to see how long they get, and where each needs a process of its own; a step with more is
 #: put together from copies of these.
 EPISODES, ISOLATED = 128, 16
+#: Rows of a step beyond which there is no plan: packing them alone would take minutes.
+MOST_ROWS = 1 << 17
 #: Probability that two replies to a prompt that agree so far agree on the next token too: between those of a model that
 #: fills in a short form and one that says anything. A plan's upper bound takes it as 0.
 AGREE = 0.78
@@ -293,6 +296,8 @@ def copies(rows: list[Row], have: int, want: int, vocabulary: int) -> list[Row]:
     """Rows of `want` groups out of those of `have`: beyond these, copies that share the trunk of all, nothing else."""
     if want <= have or not rows:
         return rows
+    if want * len(rows) > MOST_ROWS * have:
+        raise ConfigError(f"a step of {want * len(rows) // have:,} rows is beyond planning; lower optim.batch_size.")
     trunk = common_prefix([row.token_ids for row in rows])
     made = list(rows)
     for number in range(have, want):
