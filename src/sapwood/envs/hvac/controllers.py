@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import lsq_linear
+from scipy.optimize import lsq_linear, minimize
 
 from sapwood.envs.hvac.simulator import ENERGY_SCALE, HvacEnv
 
@@ -49,7 +49,8 @@ def one_step_optimal(env: HvacEnv) -> Action:
     """The action with the best reward of the next step, which the simulator knows exactly.
 
     Uniform control: the best of the two-decimal actions. Per zone: bounded least squares on the comfort term (the
-    energy term, 0.024 a unit of power against 0.999 a kelvin, is left out; exact for pnorm 2 and beta 1).
+    energy term, 0.024 a unit of power against 0.999 a kelvin, is left out; exact for pnorm 2 and beta 1), and from
+    there a descent on the whole loss where energy has a price.
     """
     on = env.physics.powered.astype(bool)
     free, gain = env.response()
@@ -58,10 +59,32 @@ def one_step_optimal(env: HvacEnv) -> Action:
         comfort = np.linalg.norm(below[:, None] - gain[on] * GRID, ord=env.pnorm, axis=0)
         energy = np.abs(GRID) * np.linalg.norm(env.physics.powered, ord=env.pnorm)
         cost = (1.0 - env.beta) * ENERGY_SCALE * energy + env.beta * comfort
+        cost += env.unit_cost * np.abs(GRID) * env.physics.powered.sum()
         return GRID[[int(cost.argmin())]]
     action = np.zeros(env.zones)
     action[on] = lsq_linear(gain[np.ix_(on, on)], below, bounds=(-1.0, 1.0)).x
+    if env.unit_cost:
+        action[on] = _descend(env, gain[np.ix_(on, on)], below, action[on])
     return action
+
+
+def _descend(env: HvacEnv, gain: Action, below: Action, start: Action) -> Action:
+    """Powers in -1..1 with the least loss, from `start`: heating and cooling parts apart, so that |a| is smooth."""
+    n = len(start)
+
+    def loss(parts: Action) -> float:
+        power = parts[:n] - parts[n:]
+        energy, comfort = (np.linalg.norm(x, ord=env.pnorm) for x in (power, below - gain @ power))
+        paid = env.unit_cost * parts.sum()
+        return float((1.0 - env.beta) * ENERGY_SCALE * energy + env.beta * comfort + paid)
+
+    # The norm has a kink where it is 0, at `start`: a descent from off to the side of it finds its way too.
+    first = np.concatenate([np.maximum(start, 0.0), np.maximum(-start, 0.0)])
+    tries = [first]
+    for parts in (first, 0.5 * first):
+        tries.append(minimize(loss, parts, method="L-BFGS-B", bounds=[(0.0, 1.0)] * (2 * n)).x)
+    best = min(tries, key=loss)
+    return best[:n] - best[n:]
 
 
 def episode_return(env: HvacEnv, controller: Controller) -> float:

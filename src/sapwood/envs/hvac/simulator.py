@@ -287,6 +287,11 @@ class HvacEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         return self._targets is not None
 
     @property
+    def unit_cost(self) -> float:
+        """Loss of a zone at full power for a step at the price of the hour; 0 without a price."""
+        return 0.0 if self.price is None else self.price_weight * self.price * self._kwh
+
+    @property
     def has_prices(self) -> bool:
         """The price depends on the hour."""
         return self._prices is not None
