@@ -27,7 +27,6 @@ from sapwood.chat import Chat
 from sapwood.engines import Completion, Engine, Request, Sampling
 from sapwood.envs import Observation, Split
 from sapwood.envs.hvac.layout import shortest, world_of
-from sapwood.envs.hvac.simulator import HvacEnv
 from sapwood.envs.hvac.text import Hvac, HvacText
 from sapwood.errors import BudgetError, ConfigError
 from sapwood.generate import JsonLines
@@ -180,7 +179,7 @@ def _check(options: RolloutOptions, family: Hvac) -> None:
             f"env.memory is {family.memory}: a recorded decision is learnt from by itself, so the model must be given "
             "the state anew each time; set env.memory=state (history shows it its last actions)."
         )
-    if options.replies_per_state > 1 and type(family.simulator()) is not HvacEnv:
+    if options.replies_per_state > 1 and family.backend != "rc":
         raise ConfigError(
             f"rollout.replies_per_state is {options.replies_per_state}, which tries replies on copies of the "
             "simulator, and EnergyPlus can't be copied; set rollout.replies_per_state=1, or env.backend=rc."
@@ -309,6 +308,7 @@ class _Stage:
                 self.progress.work("rollout: episodes", ended, self.total)
         finally:
             for episode in opened:
+                episode.world.close()
                 for member in range(self.options.replies_per_state):
                     self.engine.close(episode.name(member))
         return opened
@@ -365,7 +365,7 @@ class _Stage:
         )
         if following is None:
             del self.live[episode.number]
-            world.close()
+            world.close()  # a simulator in a process of its own ends with its episode
         else:
             self._ask(episode, following)
 
