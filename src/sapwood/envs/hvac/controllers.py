@@ -34,10 +34,15 @@ def proportional(env: HvacEnv) -> Action:
     Over one step the deviation x of the powered zones becomes A_d x + G a. With a = -x / G it becomes (A_d - 1) x,
     and as 0 < A_d < 1 that shrinks at every time step, whereas a fixed gain oscillates at an hour. Uniform control
     takes the mean deviation and the mean gain, per-zone control the matrix. The controller knows no weather.
+
+    Air that has a mass beside it follows its power in minutes: over an hour A_d is near 0, and -x would swing on. There
+    a = -(1 + A_d) x / 2G, which leaves (A_d - 1) / 2 of a deviation, and is the same for short steps.
     """
     on = env.physics.powered.astype(bool)
     _, gain = env.response()
     below = env.target - env.temperatures[on]
+    if len(env.physics.a_d) > env.zones:
+        below = 0.5 * (below + env.physics.a_d[: env.zones, : env.zones][np.ix_(on, on)] @ below)
     if env.control == "uniform":
         return np.clip([below.mean() / gain[on].mean()], -1.0, 1.0)
     action = np.zeros(env.zones)
