@@ -477,14 +477,18 @@ def _recorded(candidate: Candidate, file: str, score: float, advantage: float, t
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a selection is. decisions: how many; reward, regret: means, None where no regret is known;
-    outdoor_shift, hour_shift: total variation distance between the states that were kept and all valid ones, over bins
-    of the outdoor temperature and of the hour: 0 keeps all alike, 1 keeps what the others lack.
+    """How good a selection is. decisions: how many; reward, regret: means, None where no regret is known.
+
+    gain: mean reward less that of all valid replies to the same state, over states that have several: what learning
+    these replies is worth, whatever the weather; None where there are no such states. outdoor_shift, hour_shift: total
+    variation distance between the states that were kept and all valid ones, over bins of the outdoor temperature and of
+    the hour: 0 keeps all alike, 1 keeps what the others lack.
     """
 
     decisions: int
     reward: float
     regret: float | None
+    gain: float | None
     outdoor_shift: float
     hour_shift: float
 
@@ -496,11 +500,16 @@ def quality(found: Sequence[Candidate], kept: Sequence[int]) -> Quality | None:
     if not chosen:
         return None
     regrets = [c.regret for c in chosen if c.regret is not None]
+    said: dict[int, list[float]] = {}
+    for c in valid:
+        said.setdefault(c.state, []).append(c.said.reward)
+    gains = [c.said.reward - float(np.mean(said[c.state])) for c in chosen if len(said[c.state]) > 1]
     edges = _edges(valid)
     return Quality(
         decisions=len(chosen),
         reward=float(np.mean([c.said.reward for c in chosen])),
         regret=float(np.mean(regrets)) if regrets else None,
+        gain=float(np.mean(gains)) if gains else None,
         outdoor_shift=_shift([c.outdoor for c in chosen], [c.outdoor for c in valid], edges),
         hour_shift=_shift([c.hour for c in chosen], [c.hour for c in valid], np.linspace(0, 24, BINS + 1)),
     )
