@@ -1,10 +1,10 @@
-# make demo | test | test-trackers | check | bench | docs. The environment .venv is built by the first target that needs it.
+# make demo | test | test-trackers | test-sustaingym | check | bench | docs. The environment .venv is built by the first target that needs it.
 PYTHON ?= python3
 BIN := .venv/bin
 # Torch's own choice of threads is the best for a run; tests are many small calls, where one thread a worker wins.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-trackers test-slow check format bench docs clean
+.PHONY: help demo test test-trackers test-sustaingym test-slow check format bench docs clean
 
 help:
 	@sed -n '1p' Makefile | cut -c3-
@@ -41,6 +41,16 @@ test-slow: .venv/.installed
 
 test-trackers: .venv-trackers/.installed
 	$(TEST_ENV) .venv-trackers/bin/python -m pytest tests/trackers
+
+# SustainGym pins an old Gymnasium; its days are made there and compared here.
+.venv-sustaingym/.installed: .venv/.installed constraints-sustaingym.txt
+	$(BIN)/python -m venv .venv-sustaingym
+	.venv-sustaingym/bin/pip install --quiet --disable-pip-version-check -c constraints-sustaingym.txt \
+		sustaingym pvlib scikit-learn
+	@touch $@
+
+test-sustaingym: .venv-sustaingym/.installed
+	$(TEST_ENV) $(BIN)/pytest -m sustaingym tests/oracles/test_hvac_sustaingym.py
 
 check: .venv/.installed
 	$(BIN)/ruff check .
