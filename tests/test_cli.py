@@ -115,7 +115,7 @@ def test_the_help_in_the_docs_is_that_of_the_program() -> None:
 USAGE = [
     ([], ""),
     (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-    (["xyzzy"], "known are train, checkpoints"),
+    (["xyzzy"], "known are train, pipeline, checkpoints"),
     (["train"], "give a recipe, or --resume RUN"),
     (["train", "r.yaml", "--dry"], "unrecognized arguments: --dry; did you mean '--dry-run'?"),
     (["train", "r.yaml", "--algoritm", "dpo"], "unrecognized arguments: --algoritm dpo; did you mean '--algorithm'?"),

@@ -15,11 +15,14 @@ import pytest
 import sapwood
 from sapwood import configfile, plugins
 from sapwood.config import Recipe, dump_recipe, load_recipe
+from sapwood.pipeline.recipe import dump_pipeline, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
 OVERLAYS = sorted((FOLDER / "scenarios").glob("*.yaml"))
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in OVERLAYS)
+PIPELINES = [FOLDER / "hvac_self_distillation.yaml", FOLDER / "hvac" / "qwen7b.yaml"]
+PIPELINE_OVERLAYS = sorted(path for path in (FOLDER / "hvac").glob("*.yaml") if path not in PIPELINES)
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in {*OVERLAYS, *PIPELINES, *PIPELINE_OVERLAYS})
 ALGORITHMS = sorted(set(plugins.known("algorithm")))
 
 
@@ -46,6 +49,14 @@ def test_there_are_recipes_and_overlays() -> None:
 def test_every_algorithm_has_a_recipe_for_a_cpu() -> None:
     found = {load_recipe(path).algorithm["name"] for path in (FOLDER / "smollm2").glob("*.yaml")}
     assert found >= {"sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp"}
+
+
+@pytest.mark.parametrize("overlay", [None, *PIPELINE_OVERLAYS], ids=lambda path: path and path.stem)
+@pytest.mark.parametrize("path", PIPELINES, ids=named)
+def test_a_pipeline_parses_and_repeats_itself(path: Path, overlay: Path | None, tmp_path: Path) -> None:
+    recipe = load_pipeline([path, overlay] if overlay else path)
+    (tmp_path / "again.yaml").write_text(dump_pipeline(recipe))
+    assert load_pipeline(tmp_path / "again.yaml") == recipe
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sapwood.commands import Command, checkpoints, replay, report, train, view
+from sapwood.commands import Command, checkpoints, pipeline, replay, report, train, view
 from sapwood.commands.shared import load, positive, recipe_arguments, show_progress
-from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError
+from sapwood.errors import ConfigError, DataError, ModelError, SapwoodError, printable
 
 if TYPE_CHECKING:
     from sapwood.config import Recipe
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SapwoodError as error:
         if _verbose(given):
             traceback.print_exc()
-        print(f"sapwood: {error}", file=sys.stderr)
+        # A library's own words may hold what a terminal would obey.
+        told = "\n".join(printable(line, len(line)) for line in str(error).splitlines())
+        print(f"sapwood: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         kept = "; what is done is kept, and the same command goes on from there" if _goes_on(given) else ""
@@ -97,7 +99,7 @@ def _dispatch(given: list[str]) -> int:
 def _goes_on(given: Sequence[str]) -> bool:
     """Whether a command that is interrupted is continued by repeating it."""
     writes = any(word.partition("=")[0] == "--out" for word in given)
-    return list(given[:2]) == ["data", "prepare"] or (given[0] == "generate" and writes)
+    return given[0] == "pipeline" or list(given[:2]) == ["data", "prepare"] or (given[0] == "generate" and writes)
 
 
 def _verbose(given: Sequence[str]) -> bool:
@@ -533,6 +535,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 KINDS = ("algorithm", "env", "engine", "reward", "metric", "tracker", "recipe", "model", "building", "climate")
 COMMANDS = {
     "train": train.COMMAND,
+    "pipeline": pipeline.COMMAND,
     "checkpoints": checkpoints.COMMAND,
     "replay": replay.COMMAND,
     "report": report.COMMAND,

@@ -131,25 +131,7 @@ class Run:
         self._trackers = trackers
 
     def _take_lock(self) -> None:
-        """Hold the folder for this process; the system lets go of it when the process ends, however it does."""
-        if fcntl is None:
-            return
-        with writing(self.dir):
-            lock = open(self.dir / ".lock", "a+b", buffering=0)  # noqa: SIM115  (closed by `close`)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = (lock.seek(0), lock.read(20))[1].decode(errors="replace").strip()
-            lock.close()
-            raise StorageError(
-                f"{self.dir}: process {holder or '?'} is training this run; wait for it, or stop it first."
-            ) from None
-        except OSError:  # a file system without locks
-            lock.close()
-            return
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-        self._lock = lock
+        self._lock = take_lock(self.dir, "is training this run")
 
     @staticmethod
     def open(folder: Path | str) -> Run:
@@ -425,6 +407,28 @@ def in_use(folder: Path) -> str | None:
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it wrote its recipe."""
     return path.name == ".lock" or path.name.endswith(".part")
+
+
+def take_lock(folder: Path, doing: str) -> io.FileIO | None:
+    """Hold a folder for this process, until the file that is returned is closed; the system lets go of it when the
+    process ends, however it does. None where that can't be had. Raises StorageError where another process holds it.
+    """
+    if fcntl is None:
+        return None
+    with writing(folder):
+        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115  (closed by the caller)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (lock.seek(0), lock.read(20))[1].decode(errors="replace").strip()
+        lock.close()
+        raise StorageError(f"{folder}: process {holder or '?'} {doing}; wait for it, or stop it first.") from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(str(os.getpid()).encode())
+    return lock
 
 
 def _check_files(folder: Path) -> None:
