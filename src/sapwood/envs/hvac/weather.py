@@ -153,6 +153,7 @@ def read_epw(path: str | Path) -> Weather:
         raise DataError(f"{path}, line 1: an EPW file starts with 'LOCATION,'; this is not one.")
     outdoor: list[float] = []
     ghi: list[float] = []
+    expected = _hours_of_year()
     for number, fields in enumerate(_rows(path, lines[HEADER_LINES:]), start=HEADER_LINES + 1):
         if not fields:
             continue
@@ -160,6 +161,7 @@ def read_epw(path: str | Path) -> Weather:
             raise DataError(f"{path}, line {number}: {len(fields)} fields, an EPW hour has 35.")
         if (fields[1].strip(), fields[2].strip()) == ("2", "29"):
             continue
+        _check_hour(path, number, fields, next(expected, None))
         outdoor.append(_number(path, number, fields, 6, "dry-bulb temperature", -90.0, 70.0))
         ghi.append(_number(path, number, fields, 13, "global horizontal irradiance", 0.0, 2000.0))
     if len(outdoor) != HOURS:
@@ -170,6 +172,27 @@ def read_epw(path: str | Path) -> Weather:
     temperatures = np.array(outdoor)
     name = ",".join(lines[0].split(",")[1:4])
     return Weather(name, temperatures, np.array(ghi), lagged_ground_temperature(temperatures))
+
+
+def _hours_of_year() -> Iterator[tuple[int, int, int]]:
+    """(month, day, hour 1..24) of the 8760 hours."""
+    for month, days in enumerate(DAYS_IN_MONTH, start=1):
+        for day in range(1, days + 1):
+            for hour in range(1, 25):
+                yield month, day, hour
+
+
+def _check_hour(path: Path, line: int, fields: Sequence[str], expected: tuple[int, int, int] | None) -> None:
+    """Hours must follow each other: a lost and a doubled one would shift every hour between them."""
+    if expected is None:  # more rows than hours, which their count will tell
+        return
+    texts = [fields[index].strip() for index in (1, 2, 3)]
+    if texts != [str(number) for number in expected] and [t.lstrip("0") for t in texts] != [str(n) for n in expected]:
+        found, wanted = printable("/".join(texts), 40), "/".join(str(number) for number in expected)
+        raise DataError(
+            f"{path}, line {line}: month/day/hour {found} where {wanted} should be: hours are missing, doubled or out "
+            "of order; an EPW file has the hours 1 to 24 of every day."
+        )
 
 
 def _rows(path: Path, lines: Sequence[str]) -> Iterator[list[str]]:
