@@ -534,7 +534,7 @@ def test_live_a_run_grows_under_the_reader_who_stays_where_they_are(page: Page, 
         assert "30 of 60 steps" in page.text("#summary")
         page.js("document.querySelector('.list').focus()")
         page.press("ArrowDown", 20)
-        page.until("document.querySelector('.detail').dataset.entry.endsWith('/20')")
+        page.until("document.querySelector('.detail').dataset.entry?.endsWith('/20')")
         place = (
             "[document.querySelector('.list').scrollTop,"
             "document.querySelector('.row[aria-selected=true]').textContent,"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sapwood.errors import StorageError
+from sapwood.report.days import days
 from sapwood.report.evaluations import evaluation
 from sapwood.report.names import HEADLINES, place
 from sapwood.report.reading import Problems, Tail, finite, read_json, read_yaml, shorter, whole
 from sapwood.report.recipes import flatten, options
-from sapwood.report.samples import SampleFile, holds_trajectories, list_samples
+from sapwood.report.samples import SampleFile, building_file, holds_trajectories, list_samples
 from sapwood.report.series import Series, clock, longest_seconds
 from sapwood.report.status import lock_held, status_of
 
@@ -36,7 +37,7 @@ _READ = (
 class RunFolder:
     """A run folder, or a bare file of trajectories, to read. Raises StorageError where it is neither.
 
-    `state` reads what has changed since the call before.
+    `state` reads what has changed since the call before. building: a trajectory file of a building.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -53,6 +54,8 @@ class RunFolder:
                 f"{self.path}: no run folder and no file of trajectories (JSON records with turns, or with a prompt "
                 "and a reply, as `sapwood rollout` and `sapwood generate` write them)."
             )
+        self.building = self.bare and building_file(self.path, Problems()) is not None
+        self._days: dict[str, Any] | None = None
         self.folder = self.path.parent if self.bare else self.path
         self._series = {name: (Tail(self.folder, f"{name}.jsonl"), Series()) for name in ("metrics", "timing")}
         self._lists: dict[str, tuple[Tail, list[dict[str, Any]]]] = {
@@ -76,7 +79,7 @@ class RunFolder:
     def state(self, final: bool = False) -> dict[str, Any]:
         """Everything but the samples. final: nobody watches, so a line cut short is a finding and not on its way."""
         if self.bare:  # the samples are all that there is
-            return _bare_state(self.name, self.path)
+            return _bare_state(self.name, self.path) | self._bare_days()
         stamp = self._stamp()
         if self._whole is None or stamp != self._stamped:
             self._stamped = stamp
@@ -85,6 +88,25 @@ class RunFolder:
         # A run can die without writing anything, so this is asked again every time.
         status = status_of(*self._vital, quiet=self._quiet(), held=lock_held(self.folder))
         return self._whole | {"status": {"state": status.state, "detail": status.detail}}
+
+    def _bare_days(self) -> dict[str, Any]:
+        """What the days of a building add to the state of a bare file; read once."""
+        if not self.building:
+            return {}
+        if self._days is None:
+            problems = Problems()
+            data = building_file(self.path, problems)
+            found = None if data is None else days(data, problems)
+            what = {**_BLANK["what"], "algorithm": found["controller"], "world": found["world"]} if found else {}
+            if found:
+                what["model"] = found["model"]
+            self._days = {
+                "days": found,
+                "what": what or _BLANK["what"],
+                "facts": [[name, text] for name, text in found["options"]] if found else [],
+                "problems": problems.told(),
+            }
+        return self._days | {"problems": list(self._days["problems"])}
 
     def _stamp(self) -> Any:
         """What changes where any file but a sample does."""
@@ -175,6 +197,17 @@ class RunFolder:
         return max(0.0, time.time() - max(moments)) if moments else None
 
 
+def check_together(folders: Sequence[RunFolder]) -> None:
+    """Refuse a building's trajectory files beside runs or other files (StorageError): they have no axis in common."""
+    building = [folder for folder in folders if folder.building]
+    others = [folder for folder in folders if not folder.building]
+    if building and others:
+        raise StorageError(
+            f"{building[0].path} has the days of a building, and {others[0].path} is another kind; write a report of "
+            "each kind: days can be put beside days, and runs beside runs."
+        )
+
+
 #: The state of a run of which nothing is known.
 _BLANK: dict[str, Any] = {
     "done": None,
@@ -193,6 +226,7 @@ _BLANK: dict[str, Any] = {
     "checkpoints": [],
     "evidence": [],
     "problems": [],
+    "days": None,
 }
 
 

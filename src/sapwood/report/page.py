@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from sapwood.environment import version
 from sapwood.errors import StorageError
-from sapwood.report.folder import RunFolder
+from sapwood.report.folder import RunFolder, check_together
 from sapwood.report.names import GROUPS
 from sapwood.report.reading import Problems
 from sapwood.report.samples import choose, pack_file
@@ -37,6 +37,7 @@ MODULES = (
     "store",
     "chart",
     "curves",
+    "days",
     "summary",
     "evaluation",
     "recipe",
@@ -63,10 +64,13 @@ class Written:
 def write_report(runs: Iterable[Path | str], out: Path | str | None = None, max_samples: int = 10_000) -> Written:
     """Write one page about run folders (or bare files of trajectories) that needs nothing but a browser.
 
+    Trajectory files of buildings are put side by side day by day; they can't be mixed with anything else.
+
     out: report.html in the folder of the only run, or here, unless given. max_samples: trajectories of all runs
     together; the page says what is left out. Raises StorageError.
     """
     folders = [RunFolder(path) for path in runs]
+    check_together(folders)
     path = _target(folders, None if out is None else Path(out))
     report = envelope(folders, live=False)
     report["runs"] = [folder.state(final=True) for folder in folders]
@@ -191,6 +195,7 @@ def envelope(folders: list[RunFolder], live: bool) -> dict[str, Any]:
         "sapwood": version("sapwood") or "",
         "groups": GROUPS,
         "count": len(folders),
+        "building": all(folder.building for folder in folders) and bool(folders),
         "runs": [],
     }
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sapwood.report.building import is_building, records
 from sapwood.report.reading import Damaged, Problems, finite, lines, parse_line, read_json, shorter, whole
 
 #: A chunk ends at so many trajectories, or so many characters.
@@ -102,6 +103,12 @@ def list_samples(path: Path, problems: Problems) -> list[SampleFile]:
     return sorted(found, key=lambda file: (file.kind, file.step))
 
 
+def building_file(path: Path, problems: Problems) -> dict[str, Any] | None:
+    """The content of a trajectory file of a building; None for any other file."""
+    data = read_json(path.parent, path.name, problems) if path.suffix == ".json" else None
+    return data if is_building(data) else None
+
+
 def holds_trajectories(path: Path) -> bool:
     """Whether a bare file begins with a record that is one."""
     first = next(read_records(SampleFile(path, "file", 0), []), {})
@@ -110,6 +117,8 @@ def holds_trajectories(path: Path) -> bool:
 
 def count(file: SampleFile) -> int:
     """Trajectories of a file, without looking at them."""
+    if file.kind == "file" and file.path.suffix == ".json":
+        return sum(1 for _ in read_records(file, []))
     total = 0
     try:
         for line in lines(file.path):
@@ -149,6 +158,9 @@ def _array(file: SampleFile, problems: list[str]) -> Iterator[dict[str, Any]]:
     found = Problems()
     data = read_json(file.path.parent, file.name, found)
     problems += found.told()
+    if is_building(data):
+        yield from records(data)
+        return
     if isinstance(data, Mapping):
         data = next((value for value in data.values() if isinstance(value, list)), None)
     if not isinstance(data, list):

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from sapwood.errors import StorageError
-from sapwood.report.folder import RunFolder
+from sapwood.report.folder import RunFolder, check_together
 from sapwood.report.page import envelope, html, policy
 from sapwood.report.samples import Packed, SampleFile, pack_file, spread
 
@@ -134,7 +134,9 @@ class Server:
     """
 
     def __init__(self, runs: Sequence[Path | str], port: int | None = None, max_samples: int = 50_000) -> None:
-        library = Library([RunFolder(path) for path in runs], max_samples)
+        folders = [RunFolder(path) for path in runs]
+        check_together(folders)
+        library = Library(folders, max_samples)
         self._http = _listen(port, library)
         self._serving = False
 

@@ -85,7 +85,8 @@ function times(clock, steps) {
   });
 }
 
-// spec: { title, lines() -> [{ run, colour, label, x, y, lo, hi, clock, dots, smooth }], marks() -> [{ x, strong, label }], height }
+// spec: { title, lines() -> [{ run, colour, label, x, y, lo, hi, clock, dots, smooth }], marks() -> [{ x, strong, label }], height,
+// unit: what x counts ("Step"), group: charts of a group share their cursor }
 // lines and marks are asked for whenever the chart is drawn, so that new values appear.
 export class Chart {
   constructor(box, spec) {
@@ -313,7 +314,7 @@ export class Chart {
   describe() {
     const parts = this.lines.map((line) => {
       const last = line.y.length - 1;
-      return `${plain(line.label, 80)}: ${num(line.y[last])} at ${view.axis === "time" ? duration(line.x[last]) : `step ${line.x[last]}`}`;
+      return `${plain(line.label, 80)}: ${num(line.y[last])} at ${view.axis === "time" ? duration(line.x[last]) : `${(this.spec.unit || "Step").toLowerCase()} ${line.x[last]}`}`;
     });
     this.box.setAttribute("aria-label", `${plain(this.spec.title, 120)}. ${parts.join("; ") || "no values"}. Arrow keys read values.`);
   }
@@ -375,7 +376,7 @@ export class Chart {
     this.hovering = Boolean(event);
     const rows = this.mark(x);
     if (!share) return rows;
-    for (const chart of charts) if (chart !== this && chart.visible && chart.xs) chart.mark(x);
+    for (const chart of charts) if (chart !== this && chart.visible && chart.xs && chart.spec.group === this.spec.group) chart.mark(x);
     this.tip(rows, event);
     return rows;
   }
@@ -403,7 +404,7 @@ export class Chart {
   tip(rows, event) {
     const tip = $("#tip");
     const closest = rows.length ? rows.map(({ line, i }) => line.x[i]).sort((a, b) => Math.abs(a - this.cursor) - Math.abs(b - this.cursor))[0] : this.cursor;
-    const head = view.axis === "time" ? duration(closest) : `Step ${num(closest, 6)}`;
+    const head = view.axis === "time" ? duration(closest) : `${this.spec.unit || "Step"} ${num(closest, 6)}`;
     const near = (this.spec.marks ? this.spec.marks() : []).filter((mark) => {
       const at = view.axis === "time" ? timeOf(mark.clock, mark.x) : mark.x;
       return at !== null && Math.abs(this.px(at) - this.px(this.cursor)) < 6;
@@ -450,7 +451,7 @@ export class Chart {
     event.preventDefault();
     const i = this.cursor === null && event.key.startsWith("Arrow") ? here : Math.max(0, Math.min(all.length - 1, to));
     const rows = this.point(all[i], true);
-    const where = view.axis === "time" ? duration(all[i]) : `step ${all[i]}`;
+    const where = view.axis === "time" ? duration(all[i]) : `${(this.spec.unit || "Step").toLowerCase()} ${all[i]}`;
     announce(`${where}: ${rows.map(({ line, i: at }) => `${plain(line.label, 60)} ${num(line.raw[at])}`).join(", ")}`);
   }
 }

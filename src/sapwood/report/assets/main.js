@@ -3,6 +3,7 @@
 import { $, announce, el, replace } from "./dom.js";
 import { redraw } from "./chart.js";
 import { Curves } from "./curves.js";
+import { Days } from "./days.js";
 import { Evaluation } from "./evaluation.js";
 import { moment } from "./format.js";
 import { Recipe } from "./recipe.js";
@@ -53,7 +54,7 @@ function themes() {
 function sections() {
   const nav = $("#sections");
   const links = new Map();
-  for (const section of document.querySelectorAll("main > section")) {
+  for (const section of document.querySelectorAll("main > section:not([hidden])")) {
     const name = section.id === "summary" ? "Summary" : $("h2", section).textContent;
     const link = el("a", { anchor: section.id }, name);
     links.set(section, link);
@@ -89,6 +90,9 @@ class App {
     this.runs = Array.from({ length: this.report.count }, (_, number) => ({ number, colour: number % COLOURS, label: `run ${number + 1}`, shown: true, state: this.report.runs[number] || null, problems: [] }));
     label(this.runs);
     themes();
+    // Trajectory files of buildings have days, and nothing of what a run has.
+    const absent = this.report.building ? ["curves", "evaluation", "timeline", "recipe"] : ["days"];
+    for (const id of absent) $(`#${id}`).hidden = true;
     sections();
     $("#print").addEventListener("click", () => window.print());
     const summary = new Summary(this);
@@ -96,7 +100,7 @@ class App {
     const evaluation = new Evaluation(this);
     const timeline = new Timeline(this);
     this.samples = new Samples(this);
-    this.views = [summary, curves, evaluation, timeline, new Recipe(this)];
+    this.views = [summary, new Days(this), curves, evaluation, timeline, new Recipe(this)];
     this.bar();
     this.foot();
     if (this.store instanceof Embedded) this.load();

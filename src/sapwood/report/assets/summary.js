@@ -207,7 +207,7 @@ export class Summary {
     const closed = new Set([...this.body.querySelectorAll("details:not([open])")].map((node) => node.dataset.key));
     const active = document.activeElement;
     const focused = active && this.body.contains(active) ? active.parentNode.dataset.key : null;
-    replace(this.body, runs.length > 1 ? table(this.app, runs) : null, el("div", { class: "cards" }, runs.map((run) => card(this.app, run, this.alone && this.alone.plot))));
+    replace(this.body, runs.length > 1 && !this.app.report.building ? table(this.app, runs) : null, el("div", { class: "cards" }, runs.map((run) => card(this.app, run, this.alone && this.alone.plot))));
     if (this.alone) this.alone.chart.refresh();
     this.body.querySelectorAll("article").forEach((article, i) => {
       for (const node of article.querySelectorAll("details")) {
@@ -218,7 +218,7 @@ export class Summary {
       }
     });
     if (this.alone && active === this.alone.plot) active.focus({ preventScroll: true });
-    const single = runs.length === 1 ? plain(runs[0].label, 120) : `${runs.length} runs side by side`;
+    const single = runs.length === 1 ? plain(runs[0].label, 120) : `${runs.length} ${this.app.report.building ? "files" : "runs"} side by side`;
     $("#summary-title").textContent = runs.length ? single : "Report";
     document.title = `${runs.length ? single : "Report"} \u00b7 Sapwood`;
   }
