@@ -250,6 +250,21 @@ def test_the_proportional_controller_holds_the_building():
     assert returns["proportional"] > 0.4 * returns["off"]
 
 
+def test_the_fitted_mass_follows_energyplus_where_air_alone_does_not():
+    """A free winter day in a climate that it was not fitted in: benchmarks/rc_vs_energyplus.py has the whole table."""
+    truth = EnergyPlusEnv("OfficeSmall", "Cool_Humid", time_res=3600, episode_len=24)
+    air = HvacEnv("OfficeSmall", "Cool_Humid", time_res=3600)
+    fitted = HvacEnv("OfficeSmall", "Cool_Humid", time_res=3600, thermal_mass="fitted")
+    error, days = {}, {}
+    for name, env in {"truth": truth, "air": air, "fitted": fitted}.items():
+        env.reset(options={"day": 24})
+        days[name] = np.array([env.step(OFF)[4]["temperatures"][:5] for _ in range(24)])
+        error[name] = float(((days[name] - days["truth"]) ** 2).mean() ** 0.5)
+    truth.close()
+    assert error["fitted"] < 1.5
+    assert error["air"] > 10.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -36,6 +36,14 @@ def test_epw_is_read_hour_by_hour(tmp_path):
     assert weather.ghi[:26].tolist() == [*range(24), 0, 1]
 
 
+def test_hours_with_leading_zeros_are_read(tmp_path):
+    rows = [
+        f"1999,{int(m):02d},{int(d):02d},{int(h):02d},{rest}"
+        for _, m, d, h, rest in (r.split(",", 4) for r in epw_rows())
+    ]
+    assert read_epw(write(tmp_path / "zeros.epw", rows)).outdoor == pytest.approx(np.arange(8760) / 1000)
+
+
 def test_29_february_is_left_out(tmp_path):
     rows = epw_rows()
     start = (31 + 28) * 24
@@ -54,6 +62,10 @@ def test_29_february_is_left_out(tmp_path):
         (lambda rows: [rows[0], rows[1].replace("0.001", "nan"), *rows[2:]], "line 10, field 7.*nan"),
         (lambda rows: [rows[0], rows[1].replace("0.001", "99.9"), *rows[2:]], "line 10, field 7.*outside"),
         (lambda rows: [*rows, rows[0]], "8761 hourly rows"),
+        # 3 January, 1 to 4 o'clock lost; an hour lost and another doubled, which leaves the count right
+        (lambda rows: rows[:48] + rows[52:], "line 57: month/day/hour 1/3/5 where 1/3/1 should be: hours are missing"),
+        (lambda rows: [*rows[:48], rows[47], *rows[49:]], "line 57: month/day/hour 1/2/24 where 1/3/1 should be"),
+        (lambda rows: [rows[0].replace("1999,1,1,1,", "1999,1,one,1,"), *rows[1:]], "line 9: month/day/hour 1/one/1"),
     ],
 )
 def test_broken_epw_names_file_and_line(tmp_path, damage, message):
