@@ -1,10 +1,10 @@
 """Stage `ppo`: a small network is trained on the simulator, and its days are recorded.
 
 Stable-Baselines3's PPO on the training days of an `Hvac` family. Where its defaults are poor for buildings, ours
-differ (docs/environments/hvac.md has what that changes): observations and rewards are scaled by fixed numbers (`scaling_of`),
-and the first powers are drawn with a standard deviation of exp(-1) and not of 1, since the best powers of an hour lie
-within a quarter of full power. A rollout is made of whole episodes, so that training continues from a checkpoint bit
-for bit.
+differ (docs/environments/hvac.md has what that changes): observations and rewards are scaled by fixed numbers
+(`scaling_of`), and the first powers are drawn with a standard deviation of exp(-1) and not of 1, since the best powers
+of an hour lie within a quarter of full power. A rollout is made of whole episodes, so that training continues from a
+checkpoint bit for bit.
 
 Training keeps its state in `checkpoints/` of the stage's folder, written aside and named by its own hash: a stage that
 was killed goes on from the newest that is whole.
