@@ -264,3 +264,16 @@ def test_a_world_that_pays_is_not_judged_by_the_rewards():
     assert summarise("x", [Group(task, [wrong])]).returns == {"a": 0.0}
     assert summarise("x", [Group(task, [wrong])], by_reward=True).returns == {"a": -2.0}
     assert not Prompts.pays
+
+
+def test_many_models_stand_below_each_other() -> None:
+    def shown(count: int) -> list[str]:
+        results = tuple(EvalResult(f"m{i}", {"a": 1.0}, metrics={"energy": float(i)}) for i in range(count))
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(EvalTable("here", results).render())
+        return [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+    assert "metric m0 m1" in shown(2)
+    assert "energy 0.000 1.000" in shown(2)
+    assert "policy energy" in shown(6)
+    assert "m5 5.000" in shown(6)

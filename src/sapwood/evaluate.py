@@ -41,6 +41,8 @@ from sapwood.types import Group, Ids, Task, Trajectory, Turn
 PHYSICAL = ("physical_reward", "env_reward")
 #: Tasks that are played, and then written, together by `run_rollout`.
 CHUNK = 64
+#: Models that a table of metrics has room for in 80 columns.
+MODELS_ACROSS = 5
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,19 @@ class MetricTable:
 
 
 def _metric_rows(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row a metric, a column a model."""
+    """A row a metric and a column a model; the other way round where so many models would not fit beside each other."""
     table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
-    for name in results:
+    metrics = list(dict.fromkeys(key for values in results.values() for key in values))
+    across = len(results) <= MODELS_ACROSS
+    table.add_column("metric" if across else "policy", no_wrap=True)
+    for name in results if across else metrics:
         table.add_column(name, justify="right", no_wrap=True)
-    for metric in dict.fromkeys(key for values in results.values() for key in values):
-        table.add_row(metric, *(number(values.get(metric, math.nan)) for values in results.values()))
+    if across:
+        for metric in metrics:
+            table.add_row(metric, *(number(values.get(metric, math.nan)) for values in results.values()))
+    else:
+        for name, values in results.items():
+            table.add_row(name, *(number(values.get(metric, math.nan)) for metric in metrics))
     return table
 
 

@@ -90,7 +90,7 @@ class Stand:
 
     def publish(self, family, held, files: Mapping[str, Any], folder: Path) -> Any:
         self.calls.append("eval")
-        for name in (evaluation.TABLE, evaluation.PICTURE):
+        for name in (evaluation.TABLE, evaluation.PICTURE, evaluation.PAGE):
             (folder / name).write_text("result")
         row = SimpleNamespace(name="base", interval=SimpleNamespace(mean=-1.0))
         return SimpleNamespace(

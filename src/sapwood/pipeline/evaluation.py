@@ -32,6 +32,7 @@ from sapwood.pipeline import trajectories
 from sapwood.pipeline.rollout import RolloutOptions, record
 from sapwood.pipeline.trajectories import TrajectoryFile, Value, play
 from sapwood.progress import Progress
+from sapwood.report import write_report
 from sapwood.sections import ModelSection
 from sapwood.source import derive
 from sapwood.types import Task
@@ -39,7 +40,7 @@ from sapwood.types import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TABLE, PICTURE = "evaluation.json", "comparison_plot.png"
+TABLE, PICTURE, PAGE = "evaluation.json", "comparison_plot.png", "report.html"
 BASE, TUNED, PPO, GRPO = "base", "finetuned", "ppo", "grpo"
 #: Controllers without a language model or a network; each for a task.
 CONTROLLERS: dict[str, Callable[[Task], Controller]] = {
@@ -48,6 +49,8 @@ CONTROLLERS: dict[str, Callable[[Task], Controller]] = {
     "proportional": lambda task: controllers.proportional,
     "one_step_optimal": lambda task: controllers.one_step_optimal,
 }
+#: Whose days are on the page.
+SHOWN = (PPO, BASE, TUNED, GRPO, "proportional", "one_step_optimal")
 #: What is compared pair by pair, where both were played.
 PAIRS = ((TUNED, BASE), (GRPO, BASE), (TUNED, GRPO), (TUNED, PPO), (TUNED, "proportional"))
 
@@ -175,6 +178,7 @@ def publish(family: Hvac, held: Held, files: Mapping[str, TrajectoryFile], out_d
     text = json.dumps(told, indent=2, allow_nan=False) + "\n"
     replace(out_dir / TABLE, [text.encode()])
     replace(out_dir / PICTURE, [_picture(family, table, files)])
+    write_report([paths[name] for name in SHOWN if name in paths], out_dir / PAGE)
     return EvaluationResult(out_dir / TABLE, out_dir / PICTURE, table, paths, by_seed)
 
 

@@ -279,7 +279,7 @@ class Pipeline:
             "distill": (DECISIONS, distill.REPORT),
             "finetune": (FINAL,),
             "grpo": (FINAL,),
-            "eval": (evaluation.TABLE, evaluation.PICTURE, f"{evaluation.TUNED}_rollout.json"),
+            "eval": (evaluation.TABLE, evaluation.PICTURE, f"{evaluation.TUNED}_rollout.json", evaluation.PAGE),
         }
         folder = self.folder(stage, round)
         return tuple(folder / name for name in names[stage])
