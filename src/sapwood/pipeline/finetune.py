@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sapwood import resume
 from sapwood.algorithms.distill import Distill
@@ -24,7 +24,7 @@ from sapwood.config import Recipe, load_recipe, parse_recipe
 from sapwood.data import recordings
 from sapwood.envs.hvac.layout import misfit
 from sapwood.envs.hvac.text import Hvac
-from sapwood.errors import ConfigError, DataError, StorageError
+from sapwood.errors import DataError, StorageError
 from sapwood.models.load import find_adapter, is_adapter
 from sapwood.pipeline.rollout import SHORT, THOUGHTS
 from sapwood.progress import Progress
@@ -39,8 +39,9 @@ FINAL, INPUTS = "final_model", "inputs.json"
 class FinetuneOptions(Section):
     """How the kept decisions are learnt. algorithm: options of `distill`; critic: as in a recipe.
 
-    epochs: passes over the decisions; batch_size x gradient_accumulation: decisions of a step. lora_rank, lora_alpha
-    (twice the rank), lora_dropout: of a new adapter; an adapter that is gone on with keeps its own.
+    epochs: passes over the decisions; batch_size x gradient_accumulation: decisions of a step, which are computed
+    together as far as token_budget lets them, so that their common examples are read once; the gradient is the same.
+    lora_rank, lora_alpha (twice the rank), lora_dropout: of a new adapter; one that is gone on with keeps its own.
     critic_learning_rate: of the critic and its head. eval_fraction: of the decisions held out, by state; eval_tasks:
     held-out days that are played before and after (0: none, they are stage 6's); max_new_tokens, stop: of the replies
     there. checkpoint_every: steps, once an epoch unless given; keep: how many stay.
@@ -66,6 +67,12 @@ class FinetuneOptions(Section):
     stop: tuple[str, ...] = ()
     checkpoint_every: Positive | None = None
     keep: Positive = 3
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> FinetuneOptions:
+        if not self.eval_tasks and (self.max_new_tokens is not None or self.stop):
+            raise ValueError("finetune.max_new_tokens and finetune.stop have no effect without finetune.eval_tasks")
+        return self
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,7 @@ def recipe(
             "warmup_steps": options.warmup_steps,
             "max_grad_norm": options.max_grad_norm,
             "token_budget": options.token_budget,
-            "batch_size": options.batch_size,
-            "gradient_accumulation": options.gradient_accumulation,
+            "batch_size": per_step,
         },
         "eval": {"every": an_epoch},
         "checkpoint": {"every": options.checkpoint_every or an_epoch, "keep": options.keep},
@@ -146,8 +152,6 @@ def recipe(
         plain["env"] = {"name": "hvac", **family.model_dump(mode="json")}
         plain["engine"] = {"name": "local", "max_new_tokens": room, "stop": list(options.stop)}
         plain["eval"]["tasks"] = options.eval_tasks
-    elif options.max_new_tokens is not None or options.stop:
-        raise ConfigError("finetune.max_new_tokens and finetune.stop have no effect without finetune.eval_tasks.")
     return parse_recipe(plain)
 
 
