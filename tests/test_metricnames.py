@@ -15,6 +15,7 @@ from sapwood.progress import COMPACT, DISPLAYED, HELD_OUT
 from sapwood.run import Run
 from sapwood.train import train
 from tests.learning import save_tiny_model
+from tests.recorded import opened, record
 
 #: Names that the runs below needn't show, and why.
 ELSEWHERE = {
@@ -33,6 +34,7 @@ OPTIONS = {
     "grpo": {"epochs": 2, "kl_coef": 0.1, "clip_dual": 3.0, "gap_correction": "token", "group_size": 4},
     "rloo": {"group_size": 2},
     "reinforce_pp": {"group_size": 2},
+    "distill": {"epochs": 2, "value_clip": 0.2},
 }
 METRICS = [
     {"name": "pass_at_k", "k": [1, 2], "n": 2},
@@ -75,7 +77,10 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
                 "samples": {"every": 0},
                 "trackers": [],
             }
-            if name in data:
+            if name == "distill":
+                file = record(folder / "decisions.json", opened(model), model, states=6)
+                recipe["data"] = {"path": str(file), "eval_fraction": 0.4}
+            elif name in data:
                 file = folder / f"{name}.jsonl"
                 file.write_text("".join(json.dumps(record) + "\n" for record in data[name]))
                 recipe["data"] = {"path": str(file), "eval_fraction": 0.4}

@@ -15,9 +15,9 @@ HELD_OUT = "eval/"
 
 #: Who logs a metric, where it isn't single algorithms.
 GROUPS = {
-    "all": ("sft", "reward", "dpo", "kto", "grpo", "rloo", "reinforce_pp", "ppo"),
+    "all": ("sft", "reward", "dpo", "kto", "distill", "grpo", "rloo", "reinforce_pp", "ppo"),
     "rollouts": ("grpo", "rloo", "reinforce_pp", "ppo"),
-    "data": ("sft", "reward", "dpo", "kto"),
+    "data": ("sft", "reward", "dpo", "kto", "distill"),
 }
 
 # A section begins with "#"; an entry is "name | unit | who | range", its meaning, and after a ">" what to expect of a
@@ -46,7 +46,7 @@ loss_scale | - | all | 0 ..
 skipped_updates | updates | all | 0 ..
   Updates left out as loss or gradient wasn't finite.
   > Absent.
-entropy | nats a token | sft, dpo, kto, rollouts | 0 .. ln vocabulary
+entropy | nats a token | sft, dpo, kto, distill, rollouts | 0 .. ln vocabulary
   Of the policy's next-token distribution.
   > Falls slowly. Near 0 nothing is explored any more; rising above its start, replies turn into noise.
 reply_tokens | tokens | all | 0 ..
@@ -74,15 +74,15 @@ kl_penalty | reward | rollouts | any
   > Small beside reward.
 reward_scale | reward | ppo | 0 ..
   What whiten_rewards: running divided by.
-returns | reward | ppo | any
+returns | reward | ppo, distill | any
   Mean over tokens of what the critic learns, KL penalty included.
-values | reward | ppo | any
+values | reward | ppo, distill | any
   Mean of the critic's values before the update.
   > Follows returns.
-advantages | reward | ppo, reinforce_pp | any
+advantages | reward | ppo, reinforce_pp, distill | any
   Mean over tokens, before whitening.
   > Near 0; away from it, the critic is wrong on average.
-advantages_std | reward | ppo, reinforce_pp | 0 ..
+advantages_std | reward | ppo, reinforce_pp, distill | 0 ..
   Their standard deviation.
   > Above 0.
 
@@ -112,7 +112,7 @@ trajectories | attempts | ppo, reinforce_pp | 0 ..
   Attempts that were trained on.
 
 # Policy
-policy_loss | - | rollouts | any
+policy_loss | - | rollouts, distill | any
   The clipped loss without KL, entropy and value terms.
   > Around 0; its size says nothing about progress.
 kl | nats a token; kto: a reply | rollouts, kto | 0 .. (estimates may be below)
@@ -124,27 +124,27 @@ entropy_coef | - | ppo | 0 ..
   Weight of the entropy bonus, as it was in this step.
 clip_range | - | ppo | 0 ..
   The upper clip bound at the step's start.
-ratio | - | rollouts | 0 ..
-  Mean probability of a token by the policy over that before the update.
-  > Within 0.01 of 1; exactly 1 with one update a batch.
-approx_kl | nats a token | rollouts | 0 ..
-  How far a step's updates have moved the policy (k3).
-  > Below 0.02 or so; 0 with one update a batch.
+ratio | - | rollouts, distill | 0 ..
+  Mean probability of a token by the policy over that before the update; distill: over the recorded one.
+  > Within 0.01 of 1; exactly 1 with one update a batch. distill: from 1 upwards.
+approx_kl | nats a token | rollouts, distill | 0 ..
+  How far a step's updates have moved the policy (k3); distill: the run, from the recording.
+  > Below 0.02 or so; 0 with one update a batch. distill: from 0 upwards.
 js | nats a token | ppo | 0 .. ln 2
   Sampled Jensen-Shannon estimate of the same.
-clip_fraction_low | share | rollouts | 0 .. 1
+clip_fraction_low | share | rollouts, distill | 0 .. 1
   Tokens with A < 0 whose ratio is below the clip: no gradient.
   > Together with the next below 0.2.
-clip_fraction_high | share | rollouts | 0 .. 1
+clip_fraction_high | share | rollouts, distill | 0 .. 1
   Tokens with A > 0 whose ratio is above the clip.
   > See above.
 clip_fraction_dual | share | grpo, rloo | 0 .. 1
   Tokens with A < 0 whose ratio is above clip_dual.
   > Near 0.
-gap_k1 | nats a token | rollouts | any
+gap_k1 | nats a token | rollouts, distill | any
   Mean of log p(sampler) - log p(trainer) over sampled tokens.
   > Within 1e-4 of 0 in float32, within 1e-2 in bfloat16.
-gap_k3 | nats a token | rollouts | 0 ..
+gap_k3 | nats a token | rollouts, distill | 0 ..
   KL divergence of sampler and trainer, estimated (k3).
   > Near 0; above optim.max_gap the run stops.
 gap_weight | - | rollouts | 0 .. gap_cap
@@ -152,19 +152,19 @@ gap_weight | - | rollouts | 0 .. gap_cap
   > Near 1.
 
 # Critic
-value_loss | reward^2 | ppo | 0 ..
+value_loss | reward^2 | ppo, distill | 0 ..
   Half the squared error of the critic, clipped.
   > Falls, then levels off.
-value_clip_fraction | share | ppo | 0 .. 1
+value_clip_fraction | share | ppo, distill | 0 .. 1
   Tokens whose value lost its gradient to value_clip.
   > Below 0.2; raise value_clip where returns are much larger than 1.
-explained_variance | - | ppo | .. 1
+explained_variance | - | ppo, distill | .. 1
   1 - Var(return - value) / Var(return), before the update.
   > Rises above 0.5; below 0 the critic is worse than a constant.
 
 # Demonstrations
-nll | nats a token | sft | 0 ..
-  Negative log-likelihood of the demonstrations, whatever the loss.
+nll | nats a token | sft, distill | 0 ..
+  Negative log-likelihood of the demonstrations (distill: of the decisions), whatever the loss.
   > Falls; on held-out records it stops falling where memorising begins.
 perplexity | - | sft | 1 ..
   exp(nll): among how many equally likely tokens the model is undecided.

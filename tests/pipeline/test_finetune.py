@@ -164,9 +164,7 @@ def test_a_second_round_goes_on_from_the_first(base, data, tmp_path) -> None:
 
 
 def test_what_is_refused(base, data, tmp_path) -> None:
-    with pytest.raises(
     with pytest.raises(DataError, match=r"there is no such file of recorded decisions; make one with"):
-    ):
         run(base, tmp_path / "nowhere.json", tmp_path / "run")
     other = tmp_path / "other.json"
     file = replace(recordings.read(data), world=world_of(Hvac(building="OfficeMedium")))
