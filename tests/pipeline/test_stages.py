@@ -274,6 +274,11 @@ def test_the_other_way_is_run_where_the_recipe_has_it(stand: Stand, tmp_path: Pa
     assert stand.calls == ["ppo", "select", "rollout", "distill", "finetune", "grpo", "eval"]
 
 
+def test_a_policy_of_ones_own_must_be_there(stand: Stand, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^ppo: .*nowhere\.zip: there is no such file\.$"):
+        pipeline(recipe(tmp_path, ppo={"policy": str(tmp_path / "nowhere.zip")})).run()
+
+
 def test_two_processes_cannot_run_one_pipeline(stand: Stand, tmp_path: Path) -> None:
     from sapwood.run import take_lock
 

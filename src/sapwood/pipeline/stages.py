@@ -240,7 +240,9 @@ class Pipeline:
     def _check_there(self, step: Step, name: str, path: Path) -> None:
         if path.exists():
             return
-        maker = next(stage for stage in STAGES if path in self._outputs(stage, step.round))
+        maker = next((stage for stage in STAGES if path in self._outputs(stage, step.round)), None)
+        if maker is None:
+            raise DataError(f"{step.stage}: {path}: there is no such file.")
         raise DataError(
             f"{step.stage}: {path} is missing; make it with `sapwood pipeline RECIPE --stage {maker}`, or name another "
             f"by --input {name}=PATH."
@@ -300,13 +302,18 @@ class Pipeline:
         run: Callable[[], Any],
     ) -> Step:
         shared = {"seed": self.recipe.run.seed, "env": self.recipe.env}
-        fixed = {name: tuple(paths) for name, paths in inputs.items()}
+        fixed = {**self._own_files(), **{name: tuple(paths) for name, paths in inputs.items()}}
 
         def told() -> Mapping[str, Any]:
             return _plain(run())
 
         folder = self.folder(stage, round)
         return Step(stage, round, folder, fixed, self._outputs(stage, round), {**shared, **options}, told)
+
+    def _own_files(self) -> dict[str, tuple[Path, ...]]:
+        """Files that the world itself reads."""
+        named = {"epw": self.family.epw, "examples_file": self.family.examples}
+        return {name: (Path(path),) for name, path in named.items() if path is not None}
 
     def _seed(self, *path: int) -> int:
         return derive(self.recipe.run.seed, 101, *path)
@@ -470,7 +477,7 @@ class Pipeline:
             "rollout": self.recipe.rollout.model_dump(mode="json"),
             "days": days,
         }
-        fixed = {name: tuple(paths) for name, paths in inputs.items()}
+        fixed = {**self._own_files(), **{name: tuple(paths) for name, paths in inputs.items()}}
         step = Step("validate", round, folder, fixed, (folder / "validation_rollout.json",), options, run)
         return dataclasses.replace(step, stage=f"validate-{round}", round=1)
 
