@@ -45,7 +45,7 @@ ABOUT = {
     "model": "The policy.",
     "model.lora": "Low-rank adapters; `lora: null` trains all weights.",
     "reference": "What the policy is held to, where that isn't the policy at step 0. Only for algorithms that use one.",
-    "critic": "The value model. Only for algorithms that have one (ppo).",
+    "critic": "The value model. Only for algorithms that have one (ppo, distill).",
     "data": "Files and hub sets to learn from, or whose prompts are rolled out. One source's keys may stand here too.",
     "data.sources": "A list of files, folders, globs or hub ids. The same keys hold for `data.eval_sources`.",
     "engine": "Who samples. `name` (`local`) is the engine; these keys hold for every one.",

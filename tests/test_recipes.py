@@ -48,7 +48,7 @@ def test_there_are_recipes_and_overlays() -> None:
 
 def test_every_algorithm_has_a_recipe_for_a_cpu() -> None:
     found = {load_recipe(path).algorithm["name"] for path in (FOLDER / "smollm2").glob("*.yaml")}
-    assert found >= {"sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp"}
+    assert found >= {"sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "reinforce_pp", "distill"}
 
 
 @pytest.mark.parametrize("overlay", [None, *PIPELINE_OVERLAYS], ids=lambda path: path and path.stem)

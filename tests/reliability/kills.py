@@ -46,7 +46,7 @@ class Killer:
 
     def __post_init__(self) -> None:
         self.model = save_tiny_model(self.folder / "tiny")
-        self.data = write_data(self.folder)
+        self.data = write_data(self.folder, self.model)
 
     def wanted(self, name: str) -> tuple[dict[str, str], float]:
         """What the undisturbed run leaves, and its seconds."""

@@ -65,7 +65,7 @@ def texts() -> tuple[str, ...]:
     files = [path.read_text("utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
     files = [text.replace("examples/", f"{ROOT}/examples/") for text in files]
     whole = [text for text in files if "run" in _read(text) and {"env", "data"} & _read(text).keys()]
-    data = {name: Path(f"{name}.jsonl") for name in ("sft", "pairs", "kto")}
+    data = {name: Path(f"{name}.jsonl") for name in ("sft", "pairs", "kto", "recordings")}
     made = [recipe(name, Path("tiny"), data, Path("run")) for name in RUNS]
     return (*whole, *(yaml.safe_dump(found, sort_keys=False) for found in made))
 
@@ -395,7 +395,8 @@ def tiny() -> tuple[Path, dict[str, Path]]:
     from tests.learning import save_tiny_model
     from tests.reliability.runs import write_data
 
-    return save_tiny_model(_folder / "tiny"), write_data(_folder)
+    model = save_tiny_model(_folder / "tiny")
+    return model, write_data(_folder, model)
 
 
 WAYS: dict[str, Way] = {

@@ -111,12 +111,22 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo-full": {**DATA, "model": {"lora": None}, "algorithm": {"name": "dpo", "loss_type": "ipo"}},
     "kto-lora": {**DATA, "model": LORA, "algorithm": "kto"},
     "reward-lora": {**DATA, "model": LORA, "algorithm": "reward"},
+    "distill-lora": {
+        **DATA,
+        "model": LORA,
+        "algorithm": {"name": "distill", "advantage": "return", "clip_high": 1.0},
+        "critic": {"kind": "adapter"},
+    },
+    "distill-full": {**DATA, "model": {"lora": None}, "algorithm": {"name": "distill", "value_coef": 0.0}},
     "reward-full": {**DATA, "model": {"lora": None}, "algorithm": "reward"},
 }
 
 
-def write_data(folder: Path) -> dict[str, Path]:
-    """Data files by shape, of 17 records each, so that 6 steps of 4 end in the middle of the second epoch."""
+def write_data(folder: Path, model: Path | None = None) -> dict[str, Path]:
+    """Data files by shape, of 17 records each, so that 6 steps of 4 end in the middle of the second epoch.
+
+    model: whose decisions are recorded, about as many; without it there are no recordings.
+    """
     rng = np.random.default_rng(3)
     words = ("lamp", "table", "house", "a green door")
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "pairs": [], "kto": []}
@@ -130,6 +140,10 @@ def write_data(folder: Path) -> dict[str, Path]:
     for name, records in rows.items():
         found[name] = folder / f"{name}.jsonl"
         found[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    if model is not None:
+        from tests.recorded import opened, record
+
+        found["recordings"] = record(folder / "recordings.json", opened(model), model, states=9)
     return found
 
 
@@ -144,7 +158,7 @@ def recipe(name: str, model: Path, data: Mapping[str, Path], folder: Path, **run
         made[section] = {**made[section], **values} if section in made else values
     made["model"] = {"name": str(model), **made["model"]}
     algorithm = made["algorithm"] if isinstance(made["algorithm"], str) else made["algorithm"]["name"]
-    kind = {"sft": "sft", "dpo": "pairs", "reward": "pairs", "kto": "kto"}.get(algorithm)
+    kind = {"sft": "sft", "dpo": "pairs", "reward": "pairs", "kto": "kto", "distill": "recordings"}.get(algorithm)
     if kind is not None:
         made["data"] = {"path": str(data[kind]), "eval_fraction": 0.2}
     return made
