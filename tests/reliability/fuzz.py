@@ -2,7 +2,7 @@
 
 python -m tests.reliability.fuzz --cases 1500 [--seed 0] [--only data] [--out benchmarks/results/fuzz.json]
 
-Cases are drawn by the seed: mutations of valid inputs, in turn of every way that the four modules malformed_*.py list.
+Cases are drawn by the seed: mutations of valid inputs, in turn of every way that the modules malformed_*.py list.
 A case passes where it ends by itself within its limits and either was still valid (exit code 0) or was answered: exit
 code 1 or 2 and a sentence of Sapwood's that names the file or the option. A traceback, a raw dump of pydantic's, a
 signal, a hang, code that was run, and something that existed and was overwritten or removed are failures.
@@ -254,20 +254,27 @@ def digest(path: Path) -> str:
 
 
 def kinds() -> dict[str, Kind]:
-    """All four, those that fork the smallest process first."""
-    from tests.reliability import malformed_checkpoints, malformed_data, malformed_recipes, malformed_replies
+    """All of them, those that fork the smallest process first."""
+    from tests.reliability import (
+        malformed_checkpoints,
+        malformed_data,
+        malformed_pipelines,
+        malformed_recipes,
+        malformed_replies,
+    )
 
     modules = {
         "recipes": malformed_recipes,
         "data files": malformed_data,
         "replies": malformed_replies,
         "checkpoints": malformed_checkpoints,
+        "pipelines": malformed_pipelines,
     }
     return {name: Kind(module.WAYS, module.prepare) for name, module in modules.items()}
 
 
 #: How many of every hundred cases are of a kind.
-SHARES = {"recipes": 40, "data files": 28, "replies": 14, "checkpoints": 18}
+SHARES = {"recipes": 34, "data files": 26, "replies": 12, "checkpoints": 16, "pipelines": 12}
 
 
 def fuzz(

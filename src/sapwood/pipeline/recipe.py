@@ -152,6 +152,10 @@ def _parse(source: Source) -> PipelineRecipe:
         raise type(error)(f"{source.place(('env',))}: {error}") from error
     recipe = recipe.model_copy(update={"env": {"name": WORLD, **family.model_dump(mode="json")}})
     _check(recipe, family, source)
+    try:
+        dump_pipeline(recipe)
+    except ValueError as error:  # Python writes out no number of thousands of digits
+        raise ConfigError(f"{source.label}: a number has too many digits; give one that can be meant.") from error
     return recipe
 
 

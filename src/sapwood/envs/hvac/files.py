@@ -17,6 +17,8 @@ MAX_BYTES = 4 * 2**30
 def load_json(path: Path, kind: str) -> dict[str, Any]:
     """The object in a JSON file of ours of the given kind. Raises DataError for anything else."""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: not a {kind}: it is a folder or a device.")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"{path}: {size:,} bytes are too many for a {kind}; split it by episodes.")
