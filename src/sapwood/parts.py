@@ -26,6 +26,7 @@ from sapwood.models.critic import check_vocabulary
 from sapwood.models.identity import identity
 from sapwood.models.load import Policy, called, find_adapter, is_adapter, load_policy
 from sapwood.models.roles import Models, build_critic, reference_on
+from sapwood.models.sources import outlined
 from sapwood.opening import build_chat, build_engine
 from sapwood.optimizer import EarlyStopping, Plateau, Stepper, higher_is_better
 from sapwood.paths import expanded
@@ -82,7 +83,7 @@ def build(recipe: Recipe, run_dir: Path, progress: Progress) -> Parts:
         raise ConfigError(f"optim.warmup_steps ({recipe.optim.warmup_steps}) is more than the run's {steps} steps.")
     _check_lora(recipe)
     policy = load_policy(recipe.model, recipe.run.seed, head="scalar" if algorithm.needs.scores else "lm")
-    if data is not None and data.train.recordings:
+    if data is not None and data.train.recordings and not outlined():  # a plan's model has no weights to compare
         check_model(data.train.recordings, identity(policy))
     models = _models(recipe, algorithm, policy)
     bind_all((*rewards, *metrics), models)

@@ -18,7 +18,7 @@ from tests.recorded import low_share, opened, record
 
 from sapwood.algorithms import Forward, RowBatch, Totals
 from sapwood.algorithms.distill import Distill
-from sapwood.config import parse_recipe
+from sapwood.config import load_recipe, parse_recipe
 from sapwood.engines import Request, Sampling
 from sapwood.errors import ConfigError, DataError, ModelError, TrainingStopped
 from sapwood.opening import build_chat, make_engine
@@ -371,6 +371,20 @@ def test_options_that_mean_nothing_are_refused(model_dir, tmp_path, changes, kin
     data = record(tmp_path / "data.json", opened(model_dir), model_dir, states=4)
     with pytest.raises(kind, match=sentence):
         run(model_dir, data, tmp_path / "run", steps=1, **changes)
+
+
+def test_a_run_is_planned_and_measured_without_its_weights_or_its_critic(model_dir, tmp_path) -> None:
+    """A plan has no weights to tell the model by, and a comparison of policies no critic."""
+    from sapwood.compare import run_eval
+    from sapwood.plan import plan
+
+    data = record(tmp_path / "data.json", opened(model_dir), model_dir, states=8)
+    result = run(model_dir, data, tmp_path / "run", steps=1, data={"eval_fraction": 0.4})
+    assert plan(load_recipe(result.run_dir)).fits == "yes"
+    found = run_eval(load_recipe(result.run_dir), result.policy_dir)
+    assert found.records is not None
+    assert {"nll", "ratio"} <= found.records.results["trained"].keys()
+    assert "value_loss" not in found.records.results["trained"]
 
 
 def test_the_page_lists_every_option_and_its_example_parses() -> None:
