@@ -49,9 +49,7 @@ def prepare(folder: Path) -> None:
                 i, tuple(20.0 + i for _ in range(10)), (0.1 * i,), -1.0 - i - number, 0.1, 1.0, prompt=prompt_id(trunk),
                 state=f"{i} C", reply='{"power": 0.1}', parsed="json", temperature=0.5, token_ids=(5, 6),
                 sampled_logprobs=(-0.5, -0.1), kept_logmass=(0.0, 0.0),
-                others=(
-                    Reply('{"power": 0.5}', (0.5,), -2.0 - i, "json", False, 0.1, 1.0, (5, 7), (-0.5, -0.2), (0.0, 0.0)),
-                ),
+                others=(Reply('{"power": 0.5}', (0.5,), -2.0 - i, "json", False, 0.1, 1.0, (5,), (-0.5,), (0.0,)),),
             )
             for i in range(3)
         )  # fmt: skip
