@@ -189,6 +189,18 @@ def test_another_world_is_replayed_as_it_was(tmp_path) -> None:
     assert all(c.regret is not None and c.regret > -1e-6 for c in found)
 
 
+@pytest.mark.parametrize(
+    "world", [{"control": "per_zone"}, {"setback": [(0, 18.0), (7, 22.0)], "price": 0.2, "occupancy": "office_hours"}]
+)
+def test_any_world_of_the_rc_model_is_replayed(tmp_path, world) -> None:
+    family = Hvac.model_validate({**FAMILY.model_dump(), **world})
+    path = trajectories.write(tmp_path / "x.json", llm_file(family, episodes=2, others=False))
+    file = trajectories.read(path)
+    for own in (family, FAMILY) if "price" in world else (family,):  # whatever the recipe says
+        found = candidates([file], own, 0.9, None, silent())
+        assert all(c.regret is not None for c in found)
+
+
 def test_rewards_that_do_not_repeat_leave_regrets_unknown() -> None:
     file = llm_file(episodes=1)
     episode = file.episodes[0]

@@ -34,7 +34,7 @@ from sapwood.data import recordings
 from sapwood.data.recordings import DecisionFile, Recorded
 from sapwood.envs.hvac.controllers import one_step_optimal
 from sapwood.envs.hvac.files import replace as write
-from sapwood.envs.hvac.layout import action_of
+from sapwood.envs.hvac.layout import action_of, differences
 from sapwood.envs.hvac.simulator import HvacEnv
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import DataError
@@ -241,8 +241,8 @@ def candidates(
 
 def _as_recorded(file: TrajectoryFile, family: Hvac) -> Hvac:
     """The family with the physics and the reward of the file."""
-    known = {name: file.world[name] for name in type(family).model_fields if name in file.world}
-    return family.model_copy(update=known)
+    changed = {name: theirs for name, (theirs, _) in differences(file.world, family).items() if theirs is not None}
+    return Hvac.model_validate({**family.model_dump(), **changed}) if changed else family
 
 
 def _episode(
