@@ -16,6 +16,8 @@ from pydantic_core import PydanticCustomError
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+#: Tasks or records of a micro-batch: a step with more would never end.
+MOST = 1_000_000
 
 
 class Section(BaseModel):
@@ -186,8 +188,8 @@ class OptimSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_gap: Annotated[float, Field(gt=0)] = 0.1
     token_budget: Positive = 8192
-    batch_size: Positive = 4
-    gradient_accumulation: Positive = 1
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 4
+    gradient_accumulation: Annotated[int, Field(ge=1, le=MOST)] = 1
 
     @property
     def groups_per_step(self) -> int:

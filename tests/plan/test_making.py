@@ -11,7 +11,7 @@ import pytest
 
 from sapwood import cli
 from sapwood.config import parse_recipe
-from sapwood.errors import TrainingStopped
+from sapwood.errors import ConfigError, TrainingStopped
 from sapwood.plan import plan, warning
 from sapwood.plan.advice import Change, size
 from sapwood.plan.machine import GIB, MIB, Room
@@ -146,6 +146,11 @@ def test_training_begins_with_a_warning_where_memory_is_short(model_dir, file, t
 
     monkeypatch.setattr(importlib.import_module("sapwood.plan"), "warning", fail)
     assert run(capsys, path)[2] == "sapwood: it began.\n"
+
+
+def test_a_step_of_a_million_records_is_not_planned(model_dir, file, tmp_path):
+    with pytest.raises(ConfigError, match=r"^a step of 1,000,000 rows is beyond planning; lower optim\.batch_size\.$"):
+        plan(parse_recipe(written(model_dir, file, tmp_path, optim={"batch_size": 1_000_000})))
 
 
 def test_a_plan_says_when_it_cannot_tell(model_dir, file, tmp_path):

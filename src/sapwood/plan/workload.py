@@ -177,6 +177,10 @@ class Packer:
 
 def _steps(recipe: Recipe, parts: Parts, packer: Packer) -> tuple[list[Step], Played]:
     per_step = recipe.optim.groups_per_step
+    if per_step * parts.algorithm.attempts > MOST_ROWS:
+        raise ConfigError(
+            f"a step of {per_step * parts.algorithm.attempts:,} rows is beyond planning; lower optim.batch_size."
+        )
     if isinstance(parts.source, Rollouts):
         return _of_rollouts(parts, parts.source, packer, per_step)
     examples = parts.examples or per_step
@@ -296,8 +300,6 @@ def copies(rows: list[Row], have: int, want: int, vocabulary: int) -> list[Row]:
     """Rows of `want` groups out of those of `have`: beyond these, copies that share the trunk of all, nothing else."""
     if want <= have or not rows:
         return rows
-    if want * len(rows) > MOST_ROWS * have:
-        raise ConfigError(f"a step of {want * len(rows) // have:,} rows is beyond planning; lower optim.batch_size.")
     trunk = common_prefix([row.token_ids for row in rows])
     made = list(rows)
     for number in range(have, want):
