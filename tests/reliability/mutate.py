@@ -121,7 +121,7 @@ def encodings(text: str) -> dict[str, bytes]:
         "utf-32": text.encode("utf-32"),
         "utf-8-sig": text.encode("utf-8-sig"),
         "two marks": b"\xef\xbb\xbf\xef\xbb\xbf" + text.encode(),
-        "latin-1": accented.encode("latin-1"),
+        "latin-1": accented.encode("latin-1", "replace"),
         "cp037": text.encode("cp037", "replace"),
         "surrogates": ("\ud83d" + text).encode("utf-8", "surrogatepass"),
         "gzip": gzip.compress(text.encode()),

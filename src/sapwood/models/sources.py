@@ -223,9 +223,12 @@ def quiet_transformers() -> Iterator[None]:
 @contextlib.contextmanager
 def opening(name: str, what: str = "weights") -> Iterator[None]:
     """Errors of transformers inside become a ModelError that says what can be done. what: "weights" or "tokenizer"."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    unreadable = (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+    unreadable = (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
+    # A config.json with numbers that can't be: transformers takes them as they are, or checks their types.
+    unreadable += (StrictDataclassError, TypeError, AttributeError, ArithmeticError)
     with quiet_transformers():
         try:
             yield
