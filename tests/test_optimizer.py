@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from sapwood import memory
 from sapwood.optimizer import EarlyStopping, Plateau, Stepper, improves
 from sapwood.sections import OptimSection
 
@@ -105,3 +107,22 @@ def test_eight_bit_adam_takes_the_same_first_step():
         weights[name] = parameter.detach()
     assert (weights["adamw"] - start).abs().max() == pytest.approx(1e-2, rel=1e-3)
     assert (weights["adamw"] - weights["adamw_8bit"]).abs().mean() < 1e-3
+
+
+def test_moments_that_are_missing_or_misshapen_are_refused() -> None:
+    def made() -> Stepper:
+        weight = torch.nn.Parameter(torch.zeros(2, 3))
+        stepper = Stepper(OptimSection(), {"policy": [weight]}, 2)
+        memory.prepare(stepper.optimizer)
+        return stepper
+
+    whole = made().state()
+    made().load_state(whole)
+    for damage in (
+        lambda moments: moments.pop("exp_avg_sq"),
+        lambda moments: moments.update(exp_avg=torch.zeros(3, 2)),
+    ):
+        damaged = copy.deepcopy(whole)
+        damage(damaged["optimizer"]["state"][0])
+        with pytest.raises(ValueError, match="moments of the optimiser are missing, or of another shape"):
+            made().load_state(damaged)

@@ -151,11 +151,17 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave; rates, decay and betas are those of the recipe, not those of the state."""
+        """Take up what `state` gave; rates, decay and betas are those of the recipe, not those of the state.
+
+        Raises ValueError where moments that are there already (`memory.prepare`) would be lost or get another shape.
+        """
+        shapes = {parameter: _shapes(kept) for parameter, kept in self.optimizer.state.items()}
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)
+        if any(_shapes(self.optimizer.state[parameter]) != known for parameter, known in shapes.items()):
+            raise ValueError("moments of the optimiser are missing, or of another shape than what they belong to")
         if self.loss_scaling and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -196,3 +202,8 @@ def _optimizer_class(name: str) -> Any:
     from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit
+
+
+def _shapes(kept: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of an optimiser's tensors for one parameter."""
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in kept.items()}

@@ -290,6 +290,7 @@ def strange_entries(rng: random.Random, folder: Path) -> Case:
     """Names in the folders of a run that are no step's, and links that lead out of it."""
     run = _copy(rng, folder)
     where = run / rng.choice(("checkpoints", "checkpoints", "samples", "evidence", "."))
+    newest = _newest(run) if (run / "checkpoints").is_dir() else None
     where.mkdir(exist_ok=True)
     for name in rng.sample(
         (
@@ -323,7 +324,7 @@ def strange_entries(rng: random.Random, folder: Path) -> Case:
             case 2:
                 path.write_bytes(b"x")
             case 3:
-                shutil.copytree(_newest(run), path) if (run / "checkpoints").is_dir() else path.mkdir()
+                shutil.copytree(newest, path) if newest is not None else path.mkdir()
             case _:
                 no_file(path, rng)
     return _command(rng)
