@@ -20,8 +20,8 @@ from sapwood.types import Group, Row
 
 __all__ = ["Algorithm", "Forward", "LearnsFrom", "LossOutput", "Needs", "RowBatch", "Totals"]
 
-#: What a group is: rollouts of a task, one demonstration, a (chosen, rejected) pair, one labelled reply, or one decision
-#: that the policy itself made and was recorded.
+#: What a group is: rollouts of a task, one demonstration, a (chosen, rejected) pair, one labelled reply, or a
+#: decision of the policy itself that was recorded.
 LearnsFrom = Literal["rollouts", "demonstrations", "pairs", "labels", "recordings"]
 
 
