@@ -98,7 +98,7 @@ def _command(rng: random.Random, *names: str) -> Case:
             read_only = not {"--prune", "--damaged"} & set(more)
             return Case(
                 cli("checkpoints", "run", *more),
-                (*names, "run", "step_"),
+                (*names, "run", "step_", "--best"),
                 (*kept, "run") if read_only else kept,
                 report=True,
             )

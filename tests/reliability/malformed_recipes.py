@@ -64,7 +64,9 @@ def texts() -> tuple[str, ...]:
 
     files = [path.read_text("utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
     files = [text.replace("examples/", f"{ROOT}/examples/") for text in files]
-    whole = [text for text in files if "run" in _read(text) and {"env", "data"} & _read(text).keys()]
+    whole = [
+        text for text in files if {"run", "algorithm"} <= _read(text).keys() and {"env", "data"} & _read(text).keys()
+    ]
     data = {name: Path(f"{name}.jsonl") for name in ("sft", "pairs", "kto", "recordings")}
     made = [recipe(name, Path("tiny"), data, Path("run")) for name in RUNS]
     return (*whole, *(yaml.safe_dump(found, sort_keys=False) for found in made))

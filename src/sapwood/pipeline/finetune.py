@@ -111,13 +111,13 @@ def run(
         )
     made = recipe(options, data, model, family, out_dir, seed, len(file.decisions))
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    opened, start = _open(made, digest, progress, fresh)
+    opened, start = opened_run(made, digest, progress, fresh)
     with opened:
         for note in start.notes:
             progress.note(note)
         result = train(made, opened, progress, start)
-    final = _export(result.policy_dir, out_dir / FINAL)
-    return FinetuneResult(out_dir, final, _steps(result.policy_dir), result)
+    final = export(result.policy_dir, out_dir / FINAL)
+    return FinetuneResult(out_dir, final, steps_of(result.policy_dir), result)
 
 
 def recipe(
@@ -165,8 +165,11 @@ def _lora(options: FinetuneOptions, model: ModelSection) -> dict[str, Any]:
     return {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout}
 
 
-def _open(made: Recipe, digest: str, progress: Progress, fresh: bool) -> tuple[Run, Start]:
-    """The run to go on with, or a new one in its place."""
+def opened_run(made: Recipe, digest: str, progress: Progress, fresh: bool) -> tuple[Run, Start]:
+    """The run in `run.dir` to go on with, or a new one; another that is in the way is kept under another name.
+
+    digest: of the files that it learns from; fresh: begin anew even so.
+    """
     folder = made.run.dir
     if (folder / "recipe.yaml").is_file():
         if not fresh and _same(folder, made, digest):
@@ -195,7 +198,7 @@ def _same(folder: Path, made: Recipe, digest: str) -> bool:
     return told == {"data_sha256": digest} and load_recipe(folder) == made
 
 
-def _export(policy: Path, target: Path) -> Path:
+def export(policy: Path, target: Path) -> Path:
     """Copy a checkpoint's policy to `target`, which is replaced once the copy is whole. Raises StorageError."""
     scratch = target.with_name(f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old")
@@ -214,6 +217,6 @@ def _export(policy: Path, target: Path) -> Path:
     return target
 
 
-def _steps(policy: Path) -> int:
+def steps_of(policy: Path) -> int:
     """The step of the checkpoint that a policy belongs to."""
     return int(os.path.basename(policy.parent).removeprefix("step_"))

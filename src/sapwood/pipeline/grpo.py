@@ -5,6 +5,7 @@ Self-distillation learns from days that were played once, before anything was le
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,14 @@ def run(
     a signal ended it, which was saved.
     """
     made = recipe(options, sampling, model, engine, family, out_dir, seed)
-    opened, start = finetune._open(made, "", progress, fresh)
+    examples = b"" if family.examples is None else Path(family.examples).read_bytes()
+    opened, start = finetune.opened_run(made, hashlib.sha256(examples).hexdigest(), progress, fresh)
     with opened:
         for note in start.notes:
             progress.note(note)
         result = train(made, opened, progress, start)
-    final = finetune._export(result.policy_dir, out_dir / finetune.FINAL)
-    return GrpoResult(out_dir, final, finetune._steps(result.policy_dir))
+    final = finetune.export(result.policy_dir, out_dir / finetune.FINAL)
+    return GrpoResult(out_dir, final, finetune.steps_of(result.policy_dir))
 
 
 def recipe(
