@@ -69,6 +69,18 @@ def test_the_first_reply_acts_and_the_others_are_tried_on_copies(policy, tmp_pat
     assert found.episodes[0].total == pytest.approx(sum(s.reward for s in found.episodes[0].steps))
 
 
+def test_further_replies_are_tried_in_energyplus_too(policy, tmp_path) -> None:
+    pytest.importorskip("pyenergyplus")
+    family = FAMILY.model_copy(update={"backend": "energyplus", "horizon": 2, "train_horizon": None})
+    found = played(policy, tmp_path, Player(three), family=family, episodes=1, replies_per_state=2)
+    first, second = found.episodes[0].steps
+    assert [len(step.others) for step in (first, second)] == [1, 1]
+    # what was only tried left the episode as it was: alone, the same actions lead to the same
+    alone = played(policy, tmp_path / "alone", Player(three), family=family, episodes=1)
+    assert [step.reward for step in alone.episodes[0].steps] == [first.reward, second.reward]
+    assert first.others[0].reward != first.reward
+
+
 def test_tokens_and_prompts_are_kept_as_they_were_sampled(policy, tmp_path) -> None:
     engine = Player(lambda member, prompt: '{"power": 0.25}')
     found = played(policy, tmp_path, engine)
@@ -202,7 +214,6 @@ def test_bad_options(options: dict[str, Any], sentence: str) -> None:
     ("world", "options", "sentence"),
     [
         ({"memory": "chat"}, {}, r"env\.memory is chat: .* set env\.memory=state"),
-        ({"backend": "energyplus"}, {"replies_per_state": 2}, r"EnergyPlus can't be copied; set rollout\.replies"),
     ],
 )
 def test_worlds_that_cannot_be_recorded(tmp_path, world, options, sentence) -> None:

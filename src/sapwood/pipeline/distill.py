@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 
 from sapwood.data import recordings
 from sapwood.data.recordings import DecisionFile, Recorded
+from sapwood.envs.hvac.building import load_building
 from sapwood.envs.hvac.controllers import one_step_optimal
 from sapwood.envs.hvac.files import replace as write
 from sapwood.envs.hvac.layout import action_of, differences
@@ -256,7 +257,7 @@ def _episode(
     told = list(_replayed(episode, family))
     made: list[Candidate] = []
     after: list[NDArray[np.float32] | None] = []
-    zones = len(episode.steps[0].observation) - 4
+    zones = len(load_building(family.building).zones)  # the outdoor temperature is the number after them
     for place, (step, (best, following)) in enumerate(zip(episode.steps, told, strict=True)):
         hour = (episode.hour + place * family.time_res / 3600.0) % 24.0
         for number, said in enumerate((step, *step.others)):

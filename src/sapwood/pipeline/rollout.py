@@ -179,11 +179,6 @@ def _check(options: RolloutOptions, family: Hvac) -> None:
             f"env.memory is {family.memory}: a recorded decision is learnt from by itself, so the model must be given "
             "the state anew each time; set env.memory=state (history shows it its last actions)."
         )
-    if options.replies_per_state > 1 and family.backend != "rc":
-        raise ConfigError(
-            f"rollout.replies_per_state is {options.replies_per_state}, which tries replies on copies of the "
-            "simulator, and EnergyPlus can't be copied; set rollout.replies_per_state=1, or env.backend=rc."
-        )
 
 
 @dataclass(frozen=True)
@@ -347,7 +342,7 @@ class _Stage:
     def _act(self, episode: _Live) -> None:
         """All replies to a state are there: try the others, let the first one act, and go on."""
         world = episode.world
-        others = [self._reply(copied(world), episode.waiting[m])[0] for m in range(1, len(episode.waiting))]
+        others = [self._tried(world, episode.waiting[m]) for m in range(1, len(episode.waiting))]
         seen = tuple(shortest(world.observation))
         said, following = self._reply(world, episode.waiting[0])
         episode.waiting = {}
@@ -369,6 +364,14 @@ class _Stage:
         else:
             self._ask(episode, following)
 
+    def _tried(self, world: HvacText, completion: Completion) -> Reply:
+        """What a reply would do; the world stays as it is."""
+        twin = copied(world)
+        try:
+            return self._reply(twin, completion)[0]
+        finally:
+            twin.close()
+
     def _reply(self, world: HvacText, completion: Completion) -> tuple[Reply, Observation | None]:
         """What a reply does in a world, and what the model would read next there."""
         text = self.chat.decode(completion.token_ids)
@@ -389,7 +392,10 @@ class _Stage:
 
 
 def copied(world: HvacText) -> HvacText:
-    """A copy that lives on by itself; what never changes (the family, the building's matrices, weather) is shared."""
+    """A copy that lives on by itself; what never changes (the family, the building's matrices, weather) is shared.
+
+    EnergyPlus can't be copied, so a process of its own simulates the episode so far again; close the copy after use.
+    """
     shared = (world.family, world.env.physics)
     return copy.deepcopy(world, {id(item): item for item in shared})
 
