@@ -22,14 +22,10 @@ from sapwood.envs import Split
 from sapwood.envs.hvac import controllers
 from sapwood.envs.hvac.controllers import Controller
 from sapwood.envs.hvac.files import replace
-from sapwood.envs.hvac.layout import world_of
 from sapwood.envs.hvac.text import Hvac
 from sapwood.evaluate import EvalResult, EvalTable, Interval, mean_interval
-from sapwood.models.identity import identity
-from sapwood.models.load import load_policy
-from sapwood.opening import build_chat, make_engine
 from sapwood.pipeline import trajectories
-from sapwood.pipeline.rollout import RolloutOptions, record
+from sapwood.pipeline.rollout import RolloutOptions, play_tasks
 from sapwood.pipeline.trajectories import TrajectoryFile, Value, play
 from sapwood.progress import Progress
 from sapwood.report import write_report
@@ -104,16 +100,7 @@ def play_model(
     options = rollout.model_copy(
         update={"episodes": len(held.tasks), "temperature": (temperature, temperature), "replies_per_state": 1}
     )
-    progress.phase("loading")
-    policy = load_policy(model, head="lm")
-    engine_of = make_engine("local", policy, engine.model_dump())
-    played = record(options, family, held.tasks, policy, build_chat(policy, model), engine_of, seed, progress, path)
-    told = {**identity(policy), "init_from": None if model.init_from is None else str(model.init_from)}
-    file = TrajectoryFile("llm", seed, world_of(family), played.episodes, told, played.prompts)
-    trajectories.write(path, file)
-    for left in path.parent.glob(f"{path.stem}.*.jsonl*"):
-        left.unlink(missing_ok=True)
-    return file
+    return play_tasks(options, family, held.tasks, model, path, progress, seed, engine.model_dump())
 
 
 def play_controller(

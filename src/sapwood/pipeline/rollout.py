@@ -151,26 +151,32 @@ def run(
     """
     _check(options, family)
     path = out_dir / name
+    tasks = family.tasks(split, options.episodes, seed)
+    return RolloutResult.of(path, play_tasks(options, family, tasks, model, path, progress, seed, engine or {}))
+
+
+def play_tasks(
+    options: RolloutOptions,
+    family: Hvac,
+    tasks: Sequence[Task],
+    model: ModelSection,
+    path: Path,
+    progress: Progress,
+    seed: int,
+    engine: Mapping[str, Any],
+) -> TrajectoryFile:
+    """Play `options.episodes` tasks and write them to `path`; what an interrupted run of the same left is used."""
     progress.phase("loading")
     policy = load_policy(model, head="lm")
-    played = record(
-        options,
-        family,
-        family.tasks(split, options.episodes, seed),
-        policy,
-        build_chat(policy, model),
-        make_engine("local", policy, engine or {}),
-        seed,
-        progress,
-        path,
-    )
+    chat, sampler = build_chat(policy, model), make_engine("local", policy, engine)
+    played = record(options, family, tasks, policy, chat, sampler, seed, progress, path)
     model_of = {**identity(policy), "init_from": None if model.init_from is None else str(model.init_from)}
     model_of["sampling"] = options.model_dump(mode="json", exclude={"episodes", "at_once"})
     file = TrajectoryFile("llm", seed, world_of(family), played.episodes, model_of, played.prompts)
     trajectories.write(path, file)
     for left in path.parent.glob(f"{path.stem}.*.jsonl*"):
         left.unlink(missing_ok=True)
-    return RolloutResult.of(path, file)
+    return file
 
 
 def _check(options: RolloutOptions, family: Hvac) -> None:
