@@ -218,7 +218,7 @@ def test_another_file_is_told(tmp_path, content, said):
 def test_a_file_that_is_not_there_and_a_folder(tmp_path):
     with pytest.raises(DataError, match="there is no such trajectory file"):
         read(tmp_path / "no.json")
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(DataError, match="not a trajectory file: it is a folder or a device"):
         read(tmp_path)
 
 

@@ -14,6 +14,14 @@ from sapwood.trackers.check import check_tracker
 from sapwood.trackers.tensorboard import TensorBoard
 
 
+@pytest.fixture(autouse=True)
+def files_in_order(monkeypatch):
+    """Files of one second are read in the order of their names, where a tenth file comes before a second one."""
+    from tensorboard.summary.writer.event_file_writer import AtomicCounter
+
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
+
+
 def session(folder, steps, resumed_from=None, factor=1.0):
     tracker = TensorBoard()
     tracker.check()
@@ -51,11 +59,7 @@ def test_texts_of_a_model_are_shown_as_they_are(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; ![x](http://host/x.png)" in html
 
 
-def test_what_was_written_after_the_checkpoint_is_purged(tmp_path, monkeypatch):
-    from tensorboard.summary.writer.event_file_writer import AtomicCounter
-
-    # Files of one second are read in the order of their names, where a process's tenth file comes before its second.
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
+def test_what_was_written_after_the_checkpoint_is_purged(tmp_path):
     session(tmp_path, (1, 2, 3, 4))
     found = session(tmp_path, (3, 4, 5), resumed_from=2, factor=10.0)
     told = [(event.step, event.value) for event in found.Scalars("reward")]

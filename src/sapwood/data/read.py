@@ -80,7 +80,7 @@ def resolve(source: SourceSection) -> list[Input]:
             raise DataError(f"{printable(source.path)}: no file matches; check the pattern.")
         return [FileInput(file, source.format) for file in found]
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{source.path}: this path is a device or a pipe, and a file can be read twice; write it to one.")
+        raise DataError(f"{source.path}: this path is a device or a pipe; write it to a file first.")
     if not os.path.isfile(path):
         raise DataError(f"{printable(source.path)}: no such file or folder{_nearest(path)}")
     return [FileInput(path, source.format)]
