@@ -179,6 +179,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _parse(source: Source) -> Recipe:
+    of_pipeline = [key for key in ("rollout", "distill", "finetune") if key in source.data]
+    if of_pipeline and "algorithm" not in source.data:
+        place = source.place((of_pipeline[0],))
+        raise ConfigError(f"{place}: this is the recipe of a pipeline and not of a run: use `sapwood pipeline`.")
     source = configfile.settle(source, lambda gate: _has_section(gate, source))
     recipe = _checked(source)
     _name("algorithm", recipe.algorithm, ("algorithm",), source)

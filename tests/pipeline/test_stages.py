@@ -312,6 +312,13 @@ def test_a_wrong_recipe_is_told_by_its_line(text: str, sentence: str, tmp_path: 
     assert sentence in capsys.readouterr().err
 
 
+def test_a_pipeline_is_not_trained(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_pipeline(recipe(tmp_path)))
+    assert cli.main(["train", str(path)]) == 1
+    assert "this is the recipe of a pipeline and not of a run: use `sapwood pipeline`." in capsys.readouterr().err
+
+
 def test_a_recipe_repeats_itself(tmp_path: Path) -> None:
     made = recipe(tmp_path, rollout={"temperature": 0.5}, grpo={"steps": 2})
     (tmp_path / "again.yaml").write_text(dump_pipeline(made))
