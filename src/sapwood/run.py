@@ -406,7 +406,7 @@ def in_use(folder: Path) -> str | None:
 
 def _begun(path: Path) -> bool:
     """Whether this is what a run leaves that was killed before it wrote its recipe."""
-    return path.name == ".lock" or path.name.endswith(".part")
+    return path.name == ".lock" or path.name.endswith((".part", ".manifest.json"))
 
 
 def take_lock(folder: Path, doing: str) -> io.FileIO | None:

@@ -279,6 +279,55 @@ def test_a_policy_of_ones_own_must_be_there(stand: Stand, tmp_path: Path) -> Non
         pipeline(recipe(tmp_path, ppo={"policy": str(tmp_path / "nowhere.zip")})).run()
 
 
+def test_a_changed_adapter_is_started_from_anew(stand: Stand, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "weights").write_text("one")
+    made = recipe(tmp_path, model={"init_from": str(adapter)})
+    pipeline(made).run()
+    stand.calls.clear()
+    (adapter / "weights").write_text("two")
+    stand.content["rollout"] = "another"
+    pipeline(made).run()
+    assert stand.calls == ["rollout", "finetune", "eval"]  # what distill makes is the same here
+
+
+def test_another_temperature_validates_anew(stand: Stand, tmp_path: Path) -> None:
+    pipeline(recipe(tmp_path, run={"rounds": 2})).run()
+    warm = recipe(tmp_path, run={"rounds": 2}, rollout={"stop": ["}"]})
+    done = pipeline(warm.model_copy(update={"eval": warm.eval.model_copy(update={"temperature": 0.7})})).run()
+    validated = [each for each in done if each.name.startswith("validate")]
+    assert not any(each.skipped for each in validated[:2])
+
+
+def test_an_evaluation_of_rounds_that_have_changed_is_refused(stand: Stand, tmp_path: Path) -> None:
+    made = recipe(tmp_path, run={"rounds": 2})
+    pipeline(made).run()
+    (tmp_path / "run" / "04_finetuning" / "final_model" / "weights").write_text("tuned by hand")
+    with pytest.raises(DataError, match="the rounds aren't up to date; run the pipeline without --stage"):
+        pipeline(made, stage="eval").run()
+
+
+def test_a_stage_does_not_take_what_an_unfinished_one_left(stand: Stand, tmp_path: Path) -> None:
+    pipeline(recipe(tmp_path)).run()
+    stand.fail = Stopped("stopped by Ctrl-C; saved.", 130)
+    changed = recipe(tmp_path, rollout={"episodes": 3})
+    with pytest.raises(Stopped):
+        pipeline(changed).run()
+    with pytest.raises(DataError, match="stage rollout has not finished after a change"):
+        pipeline(changed, stage="distill").run()
+
+
+def test_a_run_can_be_made_in_a_folder_that_has_a_manifest(tmp_path: Path) -> None:
+    from sapwood.config import parse_recipe
+    from sapwood.run import Run
+
+    (tmp_path / "finetune.manifest.json").write_text("{}")
+    plain = {"run": {"dir": str(tmp_path), "steps": 1}, "env": ENV, "algorithm": "grpo", "trackers": []}
+    Run.create(parse_recipe(plain)).close()
+
+
 def test_two_processes_cannot_run_one_pipeline(stand: Stand, tmp_path: Path) -> None:
     from sapwood.run import take_lock
 
@@ -302,6 +351,9 @@ def test_two_processes_cannot_run_one_pipeline(stand: Stand, tmp_path: Path) -> 
         ("env: hvac\nrun: {dir: x}\nalgorithm: grpo", "line 3: this is the recipe of a run and not of a pipeline"),
         ("env: hvac\nrun: {dir: x}\neval: {seeds: 3}", "line 3: eval.seeds is 3, but with env.start=day"),
         ("env: hvac\nrun: {dir: x}\neval: {days: 99}", "line 3: eval.days is 99, and 52 days are held out"),
+        ("env: hvac\nrun: {dir: x}\nmodel: {lora: {rank: 32}}", "line 3: model.lora has no effect"),
+        ("env: {name: hvac, memory: chat}\nrun: {dir: x}", "env.memory is chat"),
+        ("env: {name: hvac, train_horizon: 1}\nrun: {dir: x}\nselect: {rank: advantage}", "the value of a next step"),
         ("env: hvac\nrun: {dir: x, rounds: 0}", "line 2: run.rounds is 0"),
     ],
 )

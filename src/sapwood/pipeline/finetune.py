@@ -7,7 +7,6 @@ transformers as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,8 @@ from sapwood.envs.hvac.layout import misfit
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import DataError, StorageError
 from sapwood.models.load import find_adapter, is_adapter
+from sapwood.paths import expanded
+from sapwood.pipeline.digests import digests
 from sapwood.pipeline.rollout import SHORT, THOUGHTS
 from sapwood.progress import Progress
 from sapwood.resume import Start
@@ -110,7 +111,7 @@ def run(
             "recorded with, or record others with `sapwood pipeline RECIPE --stage rollout`."
         )
     made = recipe(options, data, model, family, out_dir, seed, len(file.decisions))
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    digest = " ".join(digests(data, model.init_from, family.examples))
     opened, start = opened_run(made, digest, progress, fresh)
     with opened:
         for note in start.notes:
@@ -160,7 +161,7 @@ def _lora(options: FinetuneOptions, model: ModelSection) -> dict[str, Any]:
     where the run is built."""
     start = model.init_from
     given = {"lora_rank", "lora_alpha", "lora_dropout"} & options.model_fields_set
-    if not given and start is not None and is_adapter(find_adapter(start.expanduser())):
+    if not given and start is not None and is_adapter(find_adapter(expanded(start))):
         return LoraSection().model_dump(mode="json")
     return {"rank": options.lora_rank, "alpha": options.lora_alpha, "dropout": options.lora_dropout}
 

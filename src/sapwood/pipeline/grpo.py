@@ -5,7 +5,6 @@ Self-distillation learns from days that were played once, before anything was le
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sapwood.config import Recipe, parse_recipe
 from sapwood.envs.hvac.text import Hvac
 from sapwood.pipeline import finetune
+from sapwood.pipeline.digests import digests
 from sapwood.pipeline.rollout import RolloutOptions
 from sapwood.progress import Progress
 from sapwood.sections import ModelSection
@@ -50,8 +50,8 @@ def run(
     a signal ended it, which was saved.
     """
     made = recipe(options, sampling, model, engine, family, out_dir, seed)
-    examples = b"" if family.examples is None else Path(family.examples).read_bytes()
-    opened, start = finetune.opened_run(made, hashlib.sha256(examples).hexdigest(), progress, fresh)
+    digest = " ".join(digests(family.examples, model.init_from))
+    opened, start = finetune.opened_run(made, digest, progress, fresh)
     with opened:
         for note in start.notes:
             progress.note(note)
@@ -83,7 +83,7 @@ def recipe(
             "engine": {"name": "local", **asked, **engine},
             "optim": {
                 "learning_rate": options.learning_rate,
-                "min_learning_rate": options.min_learning_rate,
+                "min_learning_rate": options.learning_rate / 10,
                 "schedule": "cosine",
                 "warmup_steps": min(options.warmup_steps, options.steps),
                 "batch_size": options.batch_size,

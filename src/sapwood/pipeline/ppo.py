@@ -31,6 +31,7 @@ from pydantic import Field
 from sapwood.envs.hvac.layout import world_of
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import MissingExtra, Stopped, TrainingStopped
+from sapwood.pipeline.digests import digests
 from sapwood.pipeline.ppo_policy import CLIP, PpoPolicy, Scaling, load_ppo, packed
 from sapwood.pipeline.trajectories import play, recorded, replace, write
 from sapwood.progress import Progress
@@ -278,7 +279,7 @@ class _Training:
         """What a checkpoint must have been made with for this training to go on from it."""
         view = {name: getattr(self.family, name) for name in ("horizon", "train_horizon", "start", "start_spread")}
         options = {name: value for name, value in self.options.model_dump(mode="json").items() if name not in _FREE}
-        content = [FORMAT, self.seed, options, world_of(self.family), view]
+        content = [FORMAT, self.seed, options, world_of(self.family), view, digests(self.family.epw)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def run(self) -> int:

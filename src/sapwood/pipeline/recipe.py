@@ -22,12 +22,14 @@ from sapwood.configfile import Source
 from sapwood.engines.local import LocalOptions
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import ConfigError
+from sapwood.pipeline import finetune
 from sapwood.pipeline.distill import DistillOptions
 from sapwood.pipeline.finetune import FinetuneOptions
 from sapwood.pipeline.ppo import PpoOptions
 from sapwood.pipeline.rollout import RolloutOptions
+from sapwood.pipeline.rollout import check as check_rollout
 from sapwood.pipeline.select import SelectOptions
-from sapwood.sections import Count, ModelSection, Positive, Section
+from sapwood.sections import Count, LoraSection, ModelSection, Positive, Section
 
 #: The names by which files of one's own are given to a stage.
 WORLD = "hvac"
@@ -49,8 +51,9 @@ class PipelineRun(Section):
 class GrpoOptions(Section):
     """The other way from the same start: on-policy GRPO in the same world, with the same prompts.
 
-    steps: of batch_size tasks with group_size attempts each; train_horizon: steps of a training episode; sampling ends
-    at the rollout section's stop strings and token limit. The other options are those of a run's recipe.
+    steps: of batch_size tasks with group_size attempts each; learning_rate: at first, falling to a tenth;
+    train_horizon: steps of a training episode; sampling ends at the rollout section's stop strings and token limit. The
+    other options are those of a run's recipe.
     """
 
     steps: Positive = 30
@@ -58,7 +61,6 @@ class GrpoOptions(Section):
     batch_size: Positive = 8
     train_horizon: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    min_learning_rate: Annotated[float, Field(ge=0)] = 3e-5
     warmup_steps: Count = 2
     lora_rank: Positive = 16
     entropy_coef: Annotated[float, Field(ge=0)] = 0.03
@@ -161,6 +163,22 @@ def _parse(source: Source) -> PipelineRecipe:
 
 def _check(recipe: PipelineRecipe, family: Hvac, source: Source) -> None:
     """What no section can see by itself. Raises ConfigError."""
+    if recipe.model.lora != LoraSection():
+        raise ConfigError(
+            f"{source.place(('model', 'lora'))}: model.lora has no effect: each stage makes an adapter of its own; set "
+            "finetune.lora_rank and grpo.lora_rank."
+        )
+    check_rollout(recipe.rollout, family)
+    if recipe.select.rank == "advantage" and (family.train_horizon or family.horizon) < 2:
+        raise ConfigError(
+            f"{source.place(('select', 'rank'))}: select.rank is advantage, which needs the value of a next step, and "
+            "training episodes have one; set select.rank=reward or env.train_horizon=2."
+        )
+    nothing = Path("nothing.json")
+    try:  # what these stages would refuse, before the first is run
+        finetune.recipe(recipe.finetune, nothing, recipe.model, family, recipe.run.dir, recipe.run.seed, 100)
+    except ConfigError as error:
+        raise type(error)(f"finetune: {error}") from error
     evaluation = recipe.eval
     if evaluation.seeds > 1 and family.start == "day" and evaluation.temperature == 0:
         raise ConfigError(

@@ -34,6 +34,7 @@ from sapwood.models.identity import identity
 from sapwood.models.load import Policy, load_policy
 from sapwood.opening import build_chat, make_engine
 from sapwood.pipeline import trajectories
+from sapwood.pipeline.digests import digests
 from sapwood.pipeline.trajectories import Decision, Episode, Reply, TrajectoryFile, prompt_id
 from sapwood.progress import Progress
 from sapwood.rollout import turn_seed, until_turn_end
@@ -149,7 +150,7 @@ def run(
     engine: the local engine's own options. Raises SapwoodError for what a user can act on; nothing that is there is
     overwritten before the new file is whole.
     """
-    _check(options, family)
+    check(options, family)
     path = out_dir / name
     tasks = family.tasks(split, options.episodes, seed)
     return RolloutResult.of(path, play_tasks(options, family, tasks, model, path, progress, seed, engine or {}))
@@ -179,7 +180,8 @@ def play_tasks(
     return file
 
 
-def _check(options: RolloutOptions, family: Hvac) -> None:
+def check(options: RolloutOptions, family: Hvac) -> None:
+    """Raises ConfigError for a world whose decisions can't be recorded one by one."""
     if family.memory != "state":
         raise ConfigError(
             f"env.memory is {family.memory}: a recorded decision is learnt from by itself, so the model must be given "
@@ -216,6 +218,7 @@ def record(
         "model": identity(policy),
         "tasks": [task.id for task in tasks],
         "seed": seed,
+        "files": digests(family.examples, family.epw),
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:8]
     episodes: list[Episode] = []

@@ -95,6 +95,11 @@ def run(
     file = read(trajectory)
     check_world(file, family)
     candidates = list(_candidates(file, options))
+    if not candidates:
+        raise DataError(
+            f"{trajectory}: none of its steps can be ranked by {options.rank}: the last step of an episode has no next "
+            "value; set select.rank=reward, or env.train_horizon=2 for longer training episodes."
+        )
     # Stable: of equal worth the earlier.
     kept = sorted(candidates, key=lambda step: -step.worth)[: options.preselect]
     observations = np.array([step.decision.observation for step in kept])

@@ -24,7 +24,9 @@ from sapwood.envs.hvac.files import replace
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import ConfigError, DataError, Stopped, StorageError
 from sapwood.evaluate import Interval, paired_difference
+from sapwood.paths import expanded
 from sapwood.pipeline import distill, evaluation, finetune, grpo, ppo, rollout, select, trajectories
+from sapwood.pipeline.digests import digest, digests
 from sapwood.pipeline.evaluation import Held, evaluation_seeds
 from sapwood.pipeline.ppo_policy import load_ppo
 from sapwood.pipeline.recipe import PipelineRecipe, dump_pipeline
@@ -131,6 +133,8 @@ class Pipeline:
                 raise ConfigError(f"--input {name}: stage {self.stage} takes no such file ({told}).")
             if len(paths) > 1 and (self.stage, name) != ("distill", "rollout"):
                 raise ConfigError(f"--input {name}: given {len(paths)} times; stage {self.stage} takes one.")
+            if name == "examples" and self.family.few_shot == 0:
+                raise ConfigError("--input examples: env.few_shot is 0, so no example is shown; raise it.")
             for path in paths:
                 if not path.exists():
                     raise DataError(f"--input {name}={path}: no such file or folder.")
@@ -142,7 +146,8 @@ class Pipeline:
         with writing(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
         with take_lock(self.dir, "is running this pipeline") or nullcontext():
-            replace(self.dir / "pipeline.yaml", [dump_pipeline(self.recipe).encode()])
+            if not self._apart:
+                replace(self.dir / "pipeline.yaml", [dump_pipeline(self.recipe).encode()])
             if self.stage is not None:
                 self._make(self._step(self.stage, 1))
             else:
@@ -181,8 +186,13 @@ class Pipeline:
         return evaluation.summary(step.name, file)
 
     def _remember(self, best: int, last: int, better: Interval) -> None:
-        told = {"best": best, "last": last, "difference": [better.mean, better.lo, better.hi]}
+        models = self._models_up_to(max(best, 1))
+        told = {"best": best, "last": last, "models": models, "difference": [better.mean, better.lo, better.hi]}
         replace(self.dir / "rounds" / "best.json", [(json.dumps(told) + "\n").encode()])
+
+    def _models_up_to(self, round: int) -> list[str]:
+        """Digests of the models of the rounds."""
+        return digests(*(self._outputs("finetune", number)[0] for number in range(1, round + 1)))
 
     def _make(self, step: Step) -> None:
         """Run a step unless it is up to date."""
@@ -198,15 +208,14 @@ class Pipeline:
             self.done.append(Done(step.name, True, 0.0, before["summary"], step.outputs))
             self.progress.note(f"{step.name}: up to date")
             return
-        continues = before is not None and before.get("key") == key and before.get("state") == "running"
-        if self._apart and not self.force and not continues:
+        if self._apart and not self.force and (before is None or before.get("state") == "done"):
             self._refuse_overwriting(step)
         if self.force:
             _clear(step)
         self._write(manifest, {"format": FORMAT, "stage": step.stage, "state": "running", "key": key})
         self.progress.note(f"{step.name}: begins")
         began, when = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        with _told_how_to_go_on(step.name):
+        with _told_how_to_go_on(step.name, self.force):
             told = step.run()
         seconds = round(time.perf_counter() - began, 2)
         self._write(
@@ -238,9 +247,15 @@ class Pipeline:
                 )
 
     def _check_there(self, step: Step, name: str, path: Path) -> None:
-        if path.exists():
-            return
         maker = next((stage for stage in STAGES if path in self._outputs(stage, step.round)), None)
+        if path.exists():
+            before = None if maker is None else read_manifest(self.dir / "manifests" / f"{maker}.json")
+            if step.round == 1 and before is not None and before.get("state") == "running":
+                raise DataError(
+                    f"{step.stage}: {path} is that of an earlier run, since stage {maker} has not finished after a "
+                    f"change; run `sapwood pipeline RECIPE --stage {maker}` first."
+                )
+            return
         if maker is None:
             raise DataError(f"{step.stage}: {path}: there is no such file.")
         raise DataError(
@@ -321,7 +336,8 @@ class Pipeline:
     def _with_examples(self, path: Path) -> Hvac:
         """The world that the language model is given: with the examples of stage `select`, unless the recipe names
         others or wants none."""
-        if self.family.examples is not None or self.family.few_shot == 0:
+        own = self.family.examples is not None and "examples" not in self.given
+        if own or self.family.few_shot == 0:
             return self.family
         return self.family.model_copy(update={"examples": str(path)})
 
@@ -339,10 +355,17 @@ class Pipeline:
         if "adapter" in self.given:
             path = self.given["adapter"][0]
         elif round == 0:
-            return model, {}
+            return model, self._model_files()
         else:
             path = self._outputs("finetune", round)[0]
-        return model.model_copy(update={"init_from": path}), {"adapter": (path,)}
+        return model.model_copy(update={"init_from": path}), {"adapter": (path,), **self._model_files()}
+
+    def _model_files(self) -> dict[str, tuple[Path, ...]]:
+        """What the recipe's model is made of, as far as it lies here."""
+        model = self.recipe.model
+        named = {"model": model.name, "init_from": model.init_from, "chat_template": model.chat_template}
+        found = {name: expanded(path) for name, path in named.items() if path is not None}
+        return {name: (path,) for name, path in found.items() if path.exists()}
 
     def _engine(self) -> dict[str, Any]:
         return self.recipe.engine.model_dump(mode="json")
@@ -432,7 +455,7 @@ class Pipeline:
         )
 
     def _grpo(self, round: int) -> Step:
-        options, inputs = self.recipe.grpo, self._examples_input()
+        options, inputs = self.recipe.grpo, {**self._examples_input(), **self._model_files()}
         assert options is not None
         return self._of(
             "grpo",
@@ -475,6 +498,8 @@ class Pipeline:
             "env": self.recipe.env,
             "model": self._model_plain(),
             "rollout": self.recipe.rollout.model_dump(mode="json"),
+            "engine": self._engine(),
+            "temperature": self.recipe.eval.temperature,
             "days": days,
         }
         fixed = {**self._own_files(), **{name: tuple(paths) for name, paths in inputs.items()}}
@@ -513,10 +538,14 @@ class Pipeline:
         if self.recipe.run.rounds == 1:
             return 1
         try:
-            found = json.loads((self.dir / "rounds" / "best.json").read_text("utf-8"))["best"]
-            return max(int(found), 1)
+            told = json.loads((self.dir / "rounds" / "best.json").read_text("utf-8"))
+            best, known = max(int(told["best"]), 1), told["models"]
         except (OSError, ValueError, KeyError, TypeError):
             return 1
+        if best > self.recipe.run.rounds or known != self._models_up_to(best):
+            model = self._outputs("finetune", best)[0]
+            raise DataError(f"eval: {model}: the rounds aren't up to date; run the pipeline without --stage.")
+        return best
 
     def _evaluate(self, tuned: ModelSection, inputs: Mapping[str, Sequence[Path]]) -> Mapping[str, Any]:
         """Play everyone, and write the stage's files and the page."""
@@ -555,19 +584,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.get("format") == FORMAT else None
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
-    made = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
-    for file in files:
-        if file != path:
-            made.update(f"{file.relative_to(path).as_posix()}\0".encode("utf-8", "surrogateescape"))
-        with writing(file), file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                made.update(chunk)
-    return made.hexdigest()
 
 
 def _key(step: Step, hashes: Mapping[str, str]) -> str:
@@ -640,9 +656,10 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _told_how_to_go_on(name: str) -> Iterator[None]:
+def _told_how_to_go_on(name: str, force: bool) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
         why = str(stop).split(";")[0].split(". ")[0].rstrip(".")
-        raise Stopped(f"{why} in stage {name}; the same command goes on from there.", stop.exit_code) from None
+        again = " without --force" if force else ""
+        raise Stopped(f"{why} in stage {name}; the same command{again} goes on from there.", stop.exit_code) from None
