@@ -62,7 +62,7 @@ def twin(climate: str, seed: int, extra: tuple[str, ...]) -> None:
         return
     source = RUNS / f"{climate}_{seed}"
     dealt = shuffled(ROOT / source / "03_llm_rollout" / "llm_rollout.json", ROOT / folder / "rollout.json", seed)
-    common = (RECIPE, f"run.dir={source}", f"run.seed={seed}", f"env.climate={climate}", *extra)
+    common = (RECIPE, f"run.dir={source}", f"run.seed={seed}", f"env.climate={climate}", *extra, "grpo=null")
 
     def stage(stage: str, *inputs: str) -> None:
         given = [part for item in inputs for part in ("--input", item)]

@@ -290,7 +290,7 @@ def test_a_changed_adapter_is_started_from_anew(stand: Stand, tmp_path: Path) ->
     (adapter / "weights").write_text("two")
     stand.content["rollout"] = "another"
     pipeline(made).run()
-    assert stand.calls == ["rollout", "finetune", "eval"]  # what distill makes is the same here
+    assert stand.calls == ["rollout", "distill", "finetune", "eval"]
 
 
 def test_another_temperature_validates_anew(stand: Stand, tmp_path: Path) -> None:
