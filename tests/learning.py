@@ -44,8 +44,8 @@ class Broken(EnvFamily):
         raise RuntimeError("the building burnt down")
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama with the tests' tokenizer, as a transformers folder."""
+def save_tiny_model(folder: Path, seed: int = 0, **changes: int) -> Path:
+    """A random two-layer Llama with the tests' tokenizer, as a transformers folder. changes: of its config."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from tests.chats import tokenizer
@@ -66,6 +66,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
         bos_token_id=made.bos_token_id,
         pad_token_id=made.eos_token_id,
     )
+    config.update(changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

@@ -332,5 +332,9 @@ def test_stable_baselines_trains_in_it():
     from stable_baselines3 import PPO
 
     env = EnergyPlusEnv("RestaurantFastFood", control="uniform", time_res=3600, episode_len=8)
-    PPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu").learn(16)
+    learner = PPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu")
+    before = learner.policy.action_net.weight.detach().clone()
+    learner.learn(16)
+    assert learner.num_timesteps == 16
+    assert not before.equal(learner.policy.action_net.weight)
     env.close()

@@ -6,13 +6,12 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from sapwood.engines import Request
 from sapwood.engines.scripted import ScriptedEngine
 from sapwood.models.load import ModelChoice, Policy, load_policy
 from sapwood.progress import Progress
 from tests.chats import tokenizer
+from tests.learning import save_tiny_model
 
 
 def silent() -> Progress:
@@ -21,28 +20,8 @@ def silent() -> Progress:
 
 
 def save_model(folder: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama with the tests' tokenizer and a context of 4,096 tokens."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    made = tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(made),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        eos_token_id=made.eos_token_id,
-        bos_token_id=made.bos_token_id,
-        pad_token_id=made.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    made.save_pretrained(folder)
-    return folder
+    """The tiny model with room for a building's prompts."""
+    return save_tiny_model(folder, seed, num_hidden_layers=1, max_position_embeddings=4096)
 
 
 def policy_of(folder: Path) -> Policy:

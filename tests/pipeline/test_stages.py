@@ -16,8 +16,9 @@ from sapwood import cli
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import ConfigError, DataError, Stopped, StorageError
 from sapwood.pipeline import distill, evaluation, finetune, grpo, ppo, rollout, select, stages
+from sapwood.pipeline.digests import digest
 from sapwood.pipeline.recipe import PipelineRecipe, dump_pipeline, load_pipeline, parse_pipeline
-from sapwood.pipeline.stages import Pipeline, digest
+from sapwood.pipeline.stages import Pipeline
 from sapwood.pipeline.trajectories import Decision, Episode, recorded, write
 from sapwood.progress import Progress
 
@@ -326,6 +327,20 @@ def test_a_run_can_be_made_in_a_folder_that_has_a_manifest(tmp_path: Path) -> No
     (tmp_path / "finetune.manifest.json").write_text("{}")
     plain = {"run": {"dir": str(tmp_path), "steps": 1}, "env": ENV, "algorithm": "grpo", "trackers": []}
     Run.create(parse_recipe(plain)).close()
+    assert (tmp_path / "recipe.yaml").is_file()
+    assert (tmp_path / "finetune.manifest.json").read_text() == "{}"
+
+
+def test_a_manifest_that_was_tampered_with_is_no_traceback(stand: Stand, tmp_path: Path) -> None:
+    pipeline(recipe(tmp_path)).run()
+    path = tmp_path / "run" / "manifests" / "ppo.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "summary": [1]}))
+    assert pipeline(recipe(tmp_path)).run()[0].skipped
+    path.write_text("[" * 100_000)
+    stand.calls.clear()
+    pipeline(recipe(tmp_path)).run()
+    assert stand.calls == ["ppo"]
 
 
 def test_two_processes_cannot_run_one_pipeline(stand: Stand, tmp_path: Path) -> None:
@@ -352,6 +367,10 @@ def test_two_processes_cannot_run_one_pipeline(stand: Stand, tmp_path: Path) -> 
         ("env: hvac\nrun: {dir: x}\neval: {seeds: 3}", "line 3: eval.seeds is 3, but with env.start=day"),
         ("env: hvac\nrun: {dir: x}\neval: {days: 99}", "line 3: eval.days is 99, and 52 days are held out"),
         ("env: hvac\nrun: {dir: x}\nmodel: {lora: {rank: 32}}", "line 3: model.lora has no effect"),
+        (
+            "env: hvac\nrun: {dir: x}\nfinetune: {algorithm: {value_coef: 0}, critic: {kind: adapter}}",
+            "line 3: finetune.critic has no effect: finetune.algorithm learns no values",
+        ),
         ("env: {name: hvac, memory: chat}\nrun: {dir: x}", "env.memory is chat"),
         ("env: {name: hvac, train_horizon: 1}\nrun: {dir: x}\nselect: {rank: advantage}", "the value of a next step"),
         ("env: hvac\nrun: {dir: x, rounds: 0}", "line 2: run.rounds is 0"),

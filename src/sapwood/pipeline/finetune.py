@@ -73,6 +73,11 @@ class FinetuneOptions(Section):
     def _nothing_in_vain(self) -> FinetuneOptions:
         if not self.eval_tasks and (self.max_new_tokens is not None or self.stop):
             raise ValueError("finetune.max_new_tokens and finetune.stop have no effect without finetune.eval_tasks")
+        if not self.algorithm.needs.values:
+            for name in ("critic", "critic_learning_rate"):
+                default = type(self).model_fields[name].get_default(call_default_factory=True)
+                if getattr(self, name) not in (default, None):
+                    raise ValueError(f"finetune.{name} has no effect: finetune.algorithm learns no values; remove it")
         return self
 
 

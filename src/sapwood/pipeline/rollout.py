@@ -38,6 +38,7 @@ from sapwood.pipeline.digests import digests
 from sapwood.pipeline.trajectories import Decision, Episode, Reply, TrajectoryFile, prompt_id
 from sapwood.progress import Progress
 from sapwood.rollout import turn_seed, until_turn_end
+from sapwood.run import writing
 from sapwood.sections import ModelSection, Positive, Section
 from sapwood.types import Message, Task
 
@@ -153,7 +154,9 @@ def run(
     check(options, family)
     path = out_dir / name
     tasks = family.tasks(split, options.episodes, seed)
-    return RolloutResult.of(path, play_tasks(options, family, tasks, model, path, progress, seed, engine or {}))
+    file = play_tasks(options, family, tasks, model, path, progress, seed, engine or {})
+    remove_parts(out_dir)
+    return RolloutResult.of(path, file)
 
 
 def play_tasks(
@@ -166,7 +169,10 @@ def play_tasks(
     seed: int,
     engine: Mapping[str, Any],
 ) -> TrajectoryFile:
-    """Play `options.episodes` tasks and write them to `path`; what an interrupted run of the same left is used."""
+    """Play `options.episodes` tasks and write them to `path`; what an interrupted run of the same left is used.
+
+    The parts that are kept for that stay until `remove_parts`.
+    """
     progress.phase("loading")
     policy = load_policy(model, head="lm")
     chat, sampler = build_chat(policy, model), make_engine("local", policy, engine)
@@ -175,9 +181,14 @@ def play_tasks(
     model_of["sampling"] = options.model_dump(mode="json", exclude={"episodes", "at_once"})
     file = TrajectoryFile("llm", seed, world_of(family), played.episodes, model_of, played.prompts)
     trajectories.write(path, file)
-    for left in path.parent.glob(f"{path.stem}.*.jsonl*"):
-        left.unlink(missing_ok=True)
     return file
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what rollouts in a folder were kept in to go on from. Raises StorageError."""
+    with writing(folder):
+        for left in folder.glob("*_rollout.*.jsonl*"):
+            left.unlink(missing_ok=True)
 
 
 def check(options: RolloutOptions, family: Hvac) -> None:
@@ -224,10 +235,12 @@ def record(
     episodes: list[Episode] = []
     prompts: dict[str, tuple[Message, ...]] = {}
     temperatures = options.temperatures(seed)
-    with JsonLines(path.with_name(f"{path.stem}.{key}.jsonl"), job, step=options.at_once) as lines:
+    aside = path.with_name(f"{path.stem}.{key}.jsonl")
+    if (whole := _whole(aside, len(tasks))) is not None:
+        return whole
+    with JsonLines(aside, job, step=options.at_once) as lines:
         for kept in lines.kept:
-            episodes.append(_episode_of(kept["episode"]))
-            prompts |= {name: tuple(Message(*pair) for pair in pairs) for name, pairs in kept["prompts"].items()}
+            _take(kept, episodes, prompts)
         if episodes:
             progress.note(f"rollout: {len(episodes)} of {len(tasks)} episodes were played before and are kept")
         while len(episodes) < len(tasks):
@@ -415,6 +428,24 @@ def copied(world: HvacText) -> HvacText:
 def _line(live: _Live) -> dict[str, Any]:
     prompts = {name: [[m.role, m.content] for m in messages] for name, messages in live.prompts.items()}
     return {"episode": dataclasses.asdict(live.episode()), "prompts": prompts}
+
+
+def _take(kept: Mapping[str, Any], episodes: list[Episode], prompts: dict[str, tuple[Message, ...]]) -> None:
+    """Add what `_line` made of a live episode."""
+    episodes.append(_episode_of(kept["episode"]))
+    prompts |= {name: tuple(Message(*pair) for pair in pairs) for name, pairs in kept["prompts"].items()}
+
+
+def _whole(path: Path, count: int) -> Played | None:
+    """All episodes of the same job, where they were played before; None where they weren't, or are damaged."""
+    episodes: list[Episode] = []
+    prompts: dict[str, tuple[Message, ...]] = {}
+    try:
+        for line in path.read_text("utf-8").splitlines():
+            _take(json.loads(line), episodes, prompts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return Played(tuple(episodes), prompts) if len(episodes) == count else None
 
 
 def _episode_of(plain: Mapping[str, Any]) -> Episode:

@@ -8,9 +8,7 @@ depends on it, and nothing else. A stage that was killed goes on from what it ha
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,15 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sapwood.environment import version
 from sapwood.envs.hvac.files import replace
 from sapwood.envs.hvac.text import Hvac
 from sapwood.errors import ConfigError, DataError, Stopped, StorageError
 from sapwood.evaluate import Interval, paired_difference
 from sapwood.paths import expanded
-from sapwood.pipeline import distill, evaluation, finetune, grpo, ppo, rollout, select, trajectories
+from sapwood.pipeline import distill, evaluation, finetune, grpo, manifests, ppo, rollout, select, trajectories
 from sapwood.pipeline.digests import digest, digests
 from sapwood.pipeline.evaluation import Held, evaluation_seeds
+from sapwood.pipeline.manifests import Step
 from sapwood.pipeline.ppo_policy import load_ppo
 from sapwood.pipeline.recipe import PipelineRecipe, dump_pipeline
 from sapwood.progress import Progress
@@ -36,7 +34,6 @@ from sapwood.sections import ModelSection
 from sapwood.signals import Interrupted, Stopping
 from sapwood.source import derive
 
-FORMAT = 1
 STAGES = ("ppo", "select", "rollout", "distill", "finetune", "grpo", "eval")
 FOLDERS = {
     "ppo": "01_ppo_training",
@@ -70,26 +67,6 @@ INPUTS: dict[str, dict[str, str]] = {
     },
 }
 Given = Mapping[str, Sequence[Path]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage of a round. inputs: files and folders by name; outputs: the files that are its result; options: all that
-    it depends on beside them; run: does it, and says what came of it.
-    """
-
-    stage: str
-    round: int
-    folder: Path
-    inputs: Mapping[str, tuple[Path, ...]]
-    outputs: tuple[Path, ...]
-    options: Mapping[str, Any]
-    run: Callable[[], Mapping[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """Of its manifest: that of the first round has no number."""
-        return self.stage if self.round == 1 else f"{self.stage}-{self.round}"
 
 
 @dataclass(frozen=True)
@@ -200,41 +177,25 @@ class Pipeline:
             for path in paths:
                 self._check_there(step, name, path)
         hashes = {str(path): digest(path) for paths in step.inputs.values() for path in paths}
-        key = _key(step, hashes)
+        key = manifests.key_of(step, hashes)
         manifest = self._manifest(step)
-        before = read_manifest(manifest)
-        if not self.force and _is_up_to_date(before, key, step):
-            assert before is not None
-            self.done.append(Done(step.name, True, 0.0, before["summary"], step.outputs))
+        before = manifests.read(manifest)
+        if not self.force and manifests.is_up_to_date(before, key, step):
+            told = (before or {}).get("summary")
+            self.done.append(Done(step.name, True, 0.0, told if isinstance(told, dict) else {}, step.outputs))
             self.progress.note(f"{step.name}: up to date")
             return
         if self._apart and not self.force and (before is None or before.get("state") == "done"):
             self._refuse_overwriting(step)
         if self.force:
-            _clear(step)
-        self._write(manifest, {"format": FORMAT, "stage": step.stage, "state": "running", "key": key})
+            manifests.clear(step)
+        manifests.write_running(manifest, step, key)
         self.progress.note(f"{step.name}: begins")
         began, when = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         with _told_how_to_go_on(step.name, self.force):
             told = step.run()
         seconds = round(time.perf_counter() - began, 2)
-        self._write(
-            manifest,
-            {
-                "format": FORMAT,
-                "stage": step.stage,
-                "round": step.round,
-                "state": "done",
-                "key": key,
-                "version": version("sapwood"),
-                "time": when,
-                "seconds": seconds,
-                "options": step.options,
-                "inputs": hashes,
-                "outputs": {path.name: digest(path) for path in step.outputs},
-                "summary": told,
-            },
-        )
+        manifests.write_done(manifest, step, key, hashes, told, when, seconds)
         self.done.append(Done(step.name, False, seconds, told, step.outputs))
         self.progress.note(f"{step.name}: {_sentence(told)} ({seconds:.0f} s)")
 
@@ -249,7 +210,7 @@ class Pipeline:
     def _check_there(self, step: Step, name: str, path: Path) -> None:
         maker = next((stage for stage in STAGES if path in self._outputs(stage, step.round)), None)
         if path.exists():
-            before = None if maker is None else read_manifest(self.dir / "manifests" / f"{maker}.json")
+            before = None if maker is None else manifests.read(self.dir / "manifests" / f"{maker}.json")
             if step.round == 1 and before is not None and before.get("state") == "running":
                 raise DataError(
                     f"{step.stage}: {path} is that of an earlier run, since stage {maker} has not finished after a "
@@ -272,9 +233,6 @@ class Pipeline:
     @property
     def _apart(self) -> bool:
         return self.out is not None or bool(self.given)
-
-    def _write(self, path: Path, told: Mapping[str, Any]) -> None:
-        replace(path, [(json.dumps(told, indent=2, default=str) + "\n").encode()])
 
     # --- what each stage is -------------------------------------------------------------------------------------
 
@@ -306,7 +264,17 @@ class Pipeline:
         return self.given[name][0] if name in self.given else self._outputs(stage, round)[index]
 
     def _step(self, stage: str, round: int) -> Step:
-        return getattr(self, f"_{stage}")(round)
+        makers: dict[str, Callable[[int], Step]] = {
+            "ppo": self._ppo,
+            "select": self._select,
+            "rollout": self._rollout,
+            "distill": self._distill,
+            "finetune": self._finetune,
+            "grpo": self._grpo,
+            "validate": self._validate,
+            "eval": self._eval,
+        }
+        return makers[stage](round)
 
     def _of(
         self,
@@ -491,6 +459,7 @@ class Pipeline:
             held = Held.of(self.family, "train", days, [self._seed(0, 3)])
             with _interruptible():
                 file = self._play(self._world(inputs), model, held, folder / "validation_rollout.json")
+            rollout.remove_parts(folder)
             return {"mean_return": sum(e.total for e in file.episodes) / len(file.episodes)}
 
         options = {
@@ -566,6 +535,7 @@ class Pipeline:
             for name, model in models.items():
                 files[name] = self._play(family, model, held, folder / f"{name}_rollout.json")
         result = evaluation.publish(family, held, files, folder)
+        rollout.remove_parts(folder)
         self.progress.stop()
         self.result = result
         means = {row.name: round(row.interval.mean, 2) for row in result.table.results}
@@ -574,42 +544,7 @@ class Pipeline:
     result: evaluation.EvaluationResult | None = field(default=None, init=False)
 
 
-# --- manifests ---------------------------------------------------------------------------------------------------
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A manifest, or None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
-
-
-def _key(step: Step, hashes: Mapping[str, str]) -> str:
-    """What a step's result follows from: its options, the contents of its inputs (not where they lie), the version."""
-    inputs = {name: [hashes[str(path)] for path in paths] for name, paths in step.inputs.items()}
-    told = {"stage": step.stage, "round": step.round, "options": step.options, "inputs": inputs}
-    text = json.dumps({**told, "version": version("sapwood")}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_up_to_date(before: Mapping[str, Any] | None, key: str, step: Step) -> bool:
-    if before is None or before.get("state") != "done" or before.get("key") != key:
-        return False
-    outputs = before.get("outputs")
-    if not isinstance(outputs, Mapping) or set(outputs) != {path.name for path in step.outputs}:
-        return False
-    return all(path.exists() and outputs[path.name] == digest(path) for path in step.outputs)
-
-
-def _clear(step: Step) -> None:
-    """Remove what a stage kept to go on from."""
-    with writing(step.folder):
-        if step.stage == "ppo":
-            shutil.rmtree(step.folder / ppo.CHECKPOINTS, ignore_errors=True)
-        for left in step.folder.glob("*_rollout.*.jsonl*"):
-            left.unlink(missing_ok=True)
+# --- what is told ------------------------------------------------------------------------------------------------
 
 
 def _plain(result: Any) -> dict[str, Any]:

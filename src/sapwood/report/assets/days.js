@@ -5,8 +5,10 @@ import { Chart } from "./chart.js";
 import { NONE, count, interval, num, share, signed } from "./format.js";
 import { plain } from "./text.js";
 
-// Two-sided 95 % of Student's t for 1 to 30 degrees of freedom; 1.96 beyond is too small by 4 % at most.
+// Two-sided 95 % of Student's t for 1 to 30 degrees of freedom; beyond, the first terms of its expansion.
 const T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042];
+
+const quantile = (freedom) => T[freedom - 1] || 1.95996 + 2.37227 / freedom + 2.8225 / freedom ** 2;
 
 const known = (values) => values.filter((value) => value !== null && value !== undefined);
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
@@ -16,7 +18,7 @@ function estimate(values) {
   const middle = mean(values);
   if (values.length < 2) return { mean: middle, lo: null, hi: null };
   const spread = Math.sqrt(values.reduce((sum, value) => sum + (value - middle) ** 2, 0) / (values.length - 1));
-  const half = ((T[values.length - 2] || 1.96) * spread) / Math.sqrt(values.length);
+  const half = (quantile(values.length - 1) * spread) / Math.sqrt(values.length);
   return { mean: middle, lo: middle - half, hi: middle + half };
 }
 
